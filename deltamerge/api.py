@@ -146,6 +146,9 @@ def merge(
         with app("recommend"):
             from deltamerge.apps.recommend.advised import advised_merge
 
+        if isinstance(rows, str | Path):
+            hint = 'rows={"data": "rows.jsonl"}, or a list with one for each model'
+            raise UsageError(f"rows: {rows}: is a path", hint=hint)
         several = [] if rows is None else [rows] if isinstance(rows, Mapping) else list(rows)
         return advised_merge(named, str(base), Path(out), rows=several, keys=keys, options=options).run()
     if rows is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -156,8 +156,11 @@ class Spooled:
             self.owner.cleanup()
 
 
-def spool() -> Spooled:
-    """Return no files yet, in a folder of their own, for a stage to fill; a run gives its own folder instead."""
+def spool(*, of: Hashable = None) -> Spooled:
+    """Return no files yet, in a folder of their own, for a stage to fill; a run gives its own folder instead.
+
+    `of` tells one stage's files from another's, where candidates of several recipes have one graph.
+    """
     own = tempfile.TemporaryDirectory(prefix="deltamerge-")
     return Spooled(Path(own.name), owner=own)
 

@@ -54,7 +54,7 @@ def _finite(value: Any) -> Any:
 
 
 def say_table(rows: Iterable[BaseModel]) -> None:
-    """Print records as CSV on stdout: a column for each field, or for each key if the field is a mapping."""
+    """Print records as CSV on stdout: a column for each field, or for each key of a mapping, or of each of a list."""
     say_csv([dict(_columns(row.model_dump(mode="json"))) for row in rows])
 
 
@@ -69,6 +69,8 @@ def say_csv(flat: Sequence[Mapping[str, Any]]) -> None:
 
 def _columns(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, inner in value.items():
+        if isinstance(inner, list) and any(isinstance(one, dict) for one in inner):
+            inner = {str(i): one for i, one in enumerate(inner)}
         if isinstance(inner, dict):
             yield from ((f"{name}.{key}", one) for key, one in _columns(inner))
         else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -35,7 +36,6 @@ from deltamerge.errors import app
 from deltamerge.errors.shown import lines as one_a_line
 
 if TYPE_CHECKING:
-    from deltamerge.apps.recommend.forecast import SkillForecast
     from deltamerge.apps.recommend.meeting import Conflict
     from deltamerge.apps.recommend.merge import MergeAdvice, MergeCandidate
     from deltamerge.apps.recommend.prune import PruneCandidate, Recommendation
@@ -110,6 +110,8 @@ def recommend(
         rows = [one for one in calibration if one]
         if density is not None or any("label" in one for one in rows):
             raise click.UsageError("--density and --label are for one MODEL, and these are several")
+        if as_csv and not rows:
+            raise click.UsageError("--csv has the merges that are tried on rows: give --calibration, or take --json")
         merge = recommend_merge(models, base, calibration=rows, fit=not no_fit, out=out, options=Options(**options))
         if as_csv:
             say_table(merge.candidates)
@@ -183,7 +185,7 @@ def render_merge_advice(answer: MergeAdvice, *, width: int) -> str:
             "",
             *paragraph(f"rows: {_range_of(answer.search)} searched on, {_range_of(answer.held_out)} held out", width),
         ]
-    lines += _skills(answer.forecast, width)
+    lines += _skills(answer, width)
     said = [("recommended", f"{answer.method}, λ = {answer.factor:.3g}: {answer.why[0]}")]
     said += [("", line) for line in answer.why[1:]] + [("lost skills", line) for line in answer.rescue[:1]]
     said += [("", line) for line in answer.rescue[1:]] + [("warning", warning) for warning in answer.warnings]
@@ -223,18 +225,21 @@ def _meeting(models: Sequence[str], found: Conflict, width: int) -> list[str]:
     return [*lines, *paragraph(f"‖Δ‖/‖W‖ {norms}{chance}", width), *paragraph(ABOUT_PAIRS, width)]
 
 
-def _skills(forecast: Sequence[SkillForecast], width: int) -> list[str]:
+def _skills(answer: MergeAdvice, width: int) -> list[str]:
     """Return a table of the share of each model's score that the merge will keep."""
-    if not forecast:
+    if not answer.forecast:
         return []
     columns = [Column("expected\nshare"), Column("8 in 10\nbetween"), Column("most disturbed by", 1)]
     rows: list[Row] = []
-    for one in forecast:
+    for one in answer.forecast:
         known = one.share is not None and one.low is not None and one.high is not None
         share, between = (f"{one.share:.0%}", f"{one.low:.0%} – {one.high:.0%}") if known else ("–", "–")
         rival = "" if one.rival is None else f"{one.rival}, {cell(one.disturbance)}"
         rows.append((one.model, [share, between, rival]))
-    return ["", *table(columns, [rows], width), "", *paragraph(ABOUT_SHARES[forecast[0].by], width), ""]
+    about = ABOUT_SHARES[answer.forecast[0].by]
+    if answer.head is not None:
+        about += f" They are reached {answer.about_heads}."
+    return ["", *table(columns, [rows], width), "", *paragraph(about, width), ""]
 
 
 def _merge(one: MergeCandidate) -> list[str]:
@@ -306,7 +311,7 @@ def init(
         say(written.removesuffix("\n"))
         return
     write_new(path, written)
-    tell(f"{path}: written; next: deltamerge plan {path}")
+    tell(f"{path}: written; next: deltamerge plan {quote(str(path))}")
 
 
 @click.command("merge")
@@ -351,7 +356,7 @@ def merge(
     deltamerge merge ./math ./code --base ./base --out merged --rows rows    # rows/math.jsonl, rows/code.jsonl
     """
     if len(models) == 1 and models[0].endswith((".yaml", ".yml")):
-        raise click.UsageError(f"{models[0]} is a recipe: deltamerge run {models[0]}")
+        raise click.UsageError(f"{models[0]} is a recipe: deltamerge run {quote(models[0])}")
     for name, value in (("--base BASE", base), ("--out OUT", out)):
         if value is None:
             raise click.UsageError(f"Missing option '{name}'")
@@ -376,7 +381,8 @@ def merge(
         if as_json:
             say_json({**said, "run": None})
         elif not quiet:
-            tell(f"{made.recipe}: written; deltamerge run {made.recipe} --out {out}{locked} makes the merge")
+            run = f"deltamerge run {quote(str(made.recipe))} --out {quote(str(out))}{locked}"
+            tell(f"{made.recipe}: written; {run} makes the merge")
         return
     result = made.run()
     warnings.end(result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
 import click
@@ -19,6 +20,7 @@ from deltamerge.cli.options import (
     AS_JSON,
     DEVICE,
     FOLDER,
+    FORCE_FILES,
     PICKLES,
     QUIET,
     RECIPE,
@@ -103,7 +105,7 @@ def sweep(
             if row.outcome.error is not None:
                 tell(f"{', '.join(row.labels.values())}: failed: {row.outcome.error}")
         tell(f"{found.folder}: sweep.csv, sweep.json, sweep.svg")
-        tell(f"{found.recipe}: the best recipe; next: deltamerge run {found.recipe} --locked")
+        tell(f"{found.recipe}: the best recipe; next: deltamerge run {quote(str(found.recipe))} --locked")
 
 
 def render_sweep(found: SweepResult, width: int) -> str:
@@ -229,7 +231,7 @@ def search(
             count = sum(trial.outcome.error == error for trial in found.trials)
             tell(f"{count} trial{'s' * (count > 1)} failed: {error}")
         tell(f"{found.folder}: study.db, study.json, trials.csv, report.html")
-        tell(f"{found.recipe}: the best recipe; next: deltamerge run {found.recipe} --locked")
+        tell(f"{found.recipe}: the best recipe; next: deltamerge run {quote(str(found.recipe))} --locked")
 
 
 def render_search(found: SearchResult, width: int) -> str:
@@ -268,7 +270,7 @@ SHOWN = 8
 @ABOUT_ROWS
 @click.option("--of", "skill", metavar="NAME", help="Model whose skill to explain. Default: the model that loses most.")
 @click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw it there.")
-@click.option("--force", is_flag=True, help="Replace the file of --plot.")
+@FORCE_FILES
 @DEVICE
 @WORKERS
 @PICKLES
@@ -295,22 +297,21 @@ def bisect(
     deltamerge bisect recipe.yaml --rows rows --of math
     """
     with app("search"):
+        from deltamerge.apps.report.pictures import check_plot
         from deltamerge.apps.search.bisect import bisect, draw
-    from deltamerge.errors import OutputError
     from deltamerge.recipe.file import read_recipe
     from deltamerge.run.options import Options
 
-    if plot is not None and (plot.suffix != ".svg" or (plot.exists() and not force)):
-        wrong = "is there already" if plot.exists() else "cannot be drawn"
-        raise OutputError(f"{plot}: {wrong}", hint="name a new .svg file, or --force")
     file = read_recipe(recipe)
+    if plot is not None:
+        check_plot(plot, file.path.name, force=force)
     models = [file.output.recipe.models[i].model for i in file.output.recipe.fine_tunes]
     folder = None if rows is None else rows.resolve()
     found = rows_in_folder(folder, models, text=text, sequences=sequences, length=length)
     answer = bisect(file, rows=found, skill=skill, options=Options(**where))
     say_json(answer.describe()) if as_json else say(render_bisection(answer, streams.columns()))
     if plot is not None:
-        draw(answer, plot)
+        draw(answer, plot, file.path.name, force=force)
         tell(f"{plot}: written")
 
 
@@ -342,10 +343,9 @@ def _suspect(one: Suspect) -> Row:
 
 def verdict(found: Bisection) -> str:
     """Return the finding in a sentence."""
-    said = [f"{found.skill} loses {found.lost[found.skill]:.1%}"]
-    if found.layers:
-        tensor = f", there {found.tensors[0].name} ({found.tensors[0].won:.1%})" if found.tensors else ""
-        said.append(f"most by {found.layers[0].name} ({found.layers[0].won:.1%}){tensor}")
-    if found.models:
-        said.append(f"of the models most by {found.models[0].name} ({found.models[0].won:.1%})")
+    said, (layer, tensor, model) = [f"{found.skill} loses {found.lost[found.skill]:.1%}"], found.costs
+    there = f", there {tensor.name} ({tensor.won:.1%})" if tensor else ""
+    said.append(f"most by {layer.name} ({layer.won:.1%}){there}" if layer else "no layer alone costs it")
+    if model:
+        said.append(f"of the models most by {model.name} ({model.won:.1%})")
     return "; ".join(said)

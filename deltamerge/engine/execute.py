@@ -117,14 +117,23 @@ class _Engine:
             raise self.failure
 
     def _work(self, device: str) -> None:
-        """Do the jobs of a device's thread. numpy does not warn of NaN: they are counted as the result is written."""
-        with np.errstate(all="ignore"):
-            self._do_jobs(device)
+        """Do the jobs of a device's thread. It counts as working until it has freed all that they held.
+
+        A thread that frees a tensor while the process exits would abort it. numpy does not warn of NaN: they are
+        counted as the result is written.
+        """
+        with self.changed:
+            self.working += 1
+        try:
+            with np.errstate(all="ignore"):
+                self._do_jobs(device)
+        finally:
+            with self.changed:
+                self.working -= 1
+                self.changed.notify_all()
 
     def _do_jobs(self, device: str) -> None:
         worker = Worker(self.reader, self.sink, self.progress, self._backend, self._tile_step, self._has_failed)
-        with self.changed:
-            self.working += 1
         try:
             while (job := self._take(device)) is not None:
                 with errors.context(f"tensor {job.running.task.name}"):
@@ -132,10 +141,6 @@ class _Engine:
                     self._complete(job)
         except BaseException as failure:
             self._fail(failure)
-        finally:
-            with self.changed:
-                self.working -= 1
-                self.changed.notify_all()
 
     def _fail(self, failure: BaseException) -> None:
         with self.changed:

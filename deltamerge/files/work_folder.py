@@ -249,16 +249,8 @@ def workspace(
     OutputError: the target is a file, or not empty and may not be replaced. The work folder is not ours, or another run
     uses it. Without `resume` and `force`: an earlier run left work.
     """
+    check_target(target)
     resolved, state = Path(os.path.realpath(target)), state_of(target)
-    _check_name(resolved)
-    try:
-        if target.exists() and not target.is_dir():
-            raise OutputError(f"{target}: is a file", hint="choose another folder with --out")
-        if target.is_mount():
-            raise OutputError(f"{target}: is a mount point", hint="choose a folder inside it with --out")
-        _filled(target)
-    except OSError as error:
-        raise OutputError(f"{target}: {output_error(error)}", hint="choose another folder with --out") from error
     begun = look(state) is not None
     if begun:
         _settle(state, target, idle=part is None or (_filled(target) and not force))
@@ -332,6 +324,27 @@ def parts_workspace(target: Path, *, force: bool, resume: bool, guard: Guard | N
         raise explained from error
 
 
+def check_target(target: Path) -> None:
+    """Raise OutputError if the target is a file, a mount point or the current folder, or has no name in UTF-8."""
+    resolved = Path(os.path.realpath(target))
+    elsewhere = "choose another folder with --out"
+    try:
+        resolved.name.encode()
+    except UnicodeEncodeError:
+        what = f"{os.fsencode(resolved.name)!r}: is no name in UTF-8, which the model card must tell"
+        raise OutputError(what, hint=elsewhere) from None
+    try:
+        if target.exists() and not target.is_dir():
+            raise OutputError(f"{target}: is a file", hint=elsewhere)
+        if resolved.is_mount():
+            raise OutputError(f"{target}: is a mount point", hint="choose a folder inside it with --out")
+        if not target.name:
+            raise OutputError(f"{target}: is the current folder", hint=elsewhere)
+        _filled(target)
+    except OSError as error:
+        raise OutputError(f"{target}: {output_error(error)}", hint=elsewhere) from error
+
+
 def refuse_inputs(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:
     """Raise OutputError if the target is, or holds, one of the inputs (name, path)."""
     resolved = Path(os.path.realpath(target))
@@ -343,16 +356,6 @@ def refuse_inputs(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:
 
 def _filled(target: Path) -> bool:
     return target.is_dir() and any(target.iterdir())
-
-
-def _check_name(target: Path) -> None:
-    try:
-        target.name.encode()
-    except UnicodeEncodeError:
-        raise OutputError(
-            f"{os.fsencode(target.name)!r}: is no name in UTF-8, which the model card must tell",
-            hint="choose another folder with --out",
-        ) from None
 
 
 def _journals(state: Path) -> list[list[dict[str, Any]]]:

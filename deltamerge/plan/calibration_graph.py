@@ -152,7 +152,8 @@ class StageMaker:
         parts = tuple([replace(p, pruned=tuple(t for t in p.pruned if t.name in wanted)) for p in parts])
         function = squares if gradients else second_moments.inputs
         node = deltas.graph.node
-        return node(function, [node(spool, kind="small"), *tensors], kind="stage", parts=parts)
+        files = node(spool, kind="small", of=(function.__name__, parts))
+        return node(function, [files, *tensors], kind="stage", parts=parts)
 
     def merged_inputs(
         self, deltas: Deltas, merges: Sequence[Merge], merged_delta: Callable[[Merge, int], Node], filled: Node

@@ -247,7 +247,7 @@ class Builder:
             return self.maker.inputs(self.deltas, based, gradients=self.recipe.method.rows == "gradients")
         from deltamerge.calibrate.values import spool
 
-        filled = self.graph.node(spool, kind="small")
+        filled = self.graph.node(spool, kind="small", of=repr(self.recipe.source.data))
         builder = replace(self, deltas=replace(self.deltas, stages=replace(self.deltas.stages, rows=filled)))
         return self.maker.merged_inputs(self.deltas, based, builder._merged_delta, filled)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
@@ -358,7 +359,7 @@ def _alone(file: RecipeFile, options: Options | None) -> tuple[Planner, Plan]:
     if output_of(planned).budget(planned) is not None:
         raise InputError(
             f"{file.path}: a budget's densities are chosen as the artifact is written, and q for them",
-            hint=f"deltamerge run {file.path}",
+            hint=f"deltamerge run {quote(str(file.path))}",
         )
     return planner, planned
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 from deltamerge.apps.recommend.forecast import SkillForecast
@@ -22,6 +23,8 @@ from deltamerge.apps.search.folder import lock_of
 from deltamerge.calibrate.rows import FILES, count
 from deltamerge.errors import InputError, OutputError
 from deltamerge.files.atomic import replace_file
+from deltamerge.files.ownership import Guard
+from deltamerge.files.work_folder import check_target, refuse_inputs
 from deltamerge.recipe.file import read_recipe
 from deltamerge.run.lock import Lock, fingerprint, refuse_foreign_lock
 from deltamerge.run.options import Options
@@ -43,8 +46,14 @@ class AdvisedMerge:
     fit: FoundFit | None = None
 
     def run(self) -> Result:
-        """Make the merge, as `deltamerge run` would. Coefficients are not fitted again."""
-        return run_recipe(read_recipe(self.recipe), self.out, replace(self.options, lock=self._lock()))
+        """Make the merge, as `deltamerge run` would. Coefficients are not fitted again, nor after a run that failed."""
+        lock = self._lock()
+        try:
+            return run_recipe(read_recipe(self.recipe), self.out, replace(self.options, lock=lock))
+        except BaseException:
+            if lock is not None:
+                lock.write_beside(self.recipe.name)
+            raise
 
     def keep_fit(self) -> bool:
         """Write the fit as a lock beside the recipe, for `deltamerge run --locked`. Return whether there is one."""
@@ -75,12 +84,15 @@ def advised_merge(
         keys                      more keys of the recipe: dtype, tokenizer_source, output, …
 
     Nothing is measured where OUT, OUT.yaml or another's OUT.lock is in the way; `Options.force` replaces them.
-    OutputError: one is.
+    OutputError: one is, or a run could not replace OUT.
     """
     options = options or Options()
+    check_target(out)
+    refuse_inputs(out, [(one, Path(one).expanduser()) for one in (base, *models)])
     recipe = out.with_name(f"{out.name}.yaml")
     if not options.force:
         _refuse_other(recipe, out)
+    Guard.of(out).check(force=options.force)
     refuse_foreign_lock(recipe.with_suffix(".lock"), recipe.name, rows=True, force=options.force)
     advice, found = merge_advice(
         models, base, calibration=rows, fit=fit, folder=recipe.parent, keys=keys, options=options
@@ -92,7 +104,8 @@ def advised_merge(
 
 def _refuse_other(recipe: Path, out: Path) -> None:
     if os.path.lexists(recipe):
-        hint = f"deltamerge run {recipe} --out {out} makes it; --force chooses anew"
+        locked = " --locked" if recipe.with_suffix(".lock").exists() else ""
+        hint = f"deltamerge run {quote(str(recipe))} --out {quote(str(out))}{locked} makes it; --force chooses anew"
         raise OutputError(f"{recipe}: a recipe is there", hint=hint)
     if os.path.lexists(out):
         raise OutputError(f"{out}: is there already", hint="another --out, or --force")
@@ -139,12 +152,13 @@ def in_five_lines(made: AdvisedMerge) -> list[str]:
     )
     helps = "; ".join(line.removeprefix("to save a skill: ").replace("--calibration", "--rows") for line in savers)
     why = "; ".join(line for line in advice.why if line != ROWS_CHOOSE)
+    kept = ", ".join(map(_kept, advice.forecast))
     fits = any(one.name == advice.method and one.coefficients for one in advice.candidates)
     start = "fitted from λ" if fits else "λ"
     return [
         f"chosen: {advice.method}, {start} = {advice.factor:.3g}, in {made.recipe}",
         f"why: {why}",
-        f"keeps: {', '.join(map(_kept, advice.forecast)) or 'not known'}",
+        f"keeps: {', '.join(filter(None, (kept or 'not known', advice.about_heads)))}",
         f"in danger: {'; '.join(dangers) or doubt}",
         f"what helps: {helps or 'deltamerge eval scores the merge beside its models'}",
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -91,7 +92,7 @@ def first_recipe(
     dtypes = [tensor.output_dtype for tensor in weights]
     dtype = max(DTYPES, key=dtypes.count)
     first, *named = [_scalar(seen_from(path.parent, reference)) for reference in (base, *models)]
-    text = HEAD.format(name=path.name, base=first)
+    text = HEAD.format(name=quote(path.name), base=first)
     if advice:
         text += ADVISED + "".join(_advice_lines(model, one) for model, one in zip(named, advice, strict=True))
         if calibration and any(_choice(one).needs_calibration for one in advice):

@@ -3,8 +3,9 @@
 A share is the merge's score over the fine-tune's own. docs/measurements/merging.md has the errors of forecasts.
 
 Weights do not tell the share of a single skill. The forecast is the share that the method kept in benchmarks. But a
-skill is in danger if another delta changes its inputs more than its own delta does (`Conflict.disturbance`). Deltas are
-compared as if their lengths were equal: `balance: norm` makes them so, and `wudi` divides each by its square.
+skill is in danger if another delta changes its inputs more than its own delta does (`Conflict.disturbance`), and goes
+another way. Deltas are compared as if their lengths were equal: `balance: norm` makes them so, and `wudi` divides each
+by its square.
 
 From answers: a classifier that differs from its fine-tune is often as right where the fine-tune is not sure, so its
 probabilities count (`lost_score`). Of numbers the correlation is the share. A language model keeps a row if every token
@@ -20,10 +21,11 @@ from typing import Literal
 from pydantic import Field
 
 from deltamerge.apps.inspect.statistics import Figures
-from deltamerge.apps.recommend.meeting import Conflict
+from deltamerge.apps.recommend.meeting import ALIKE, Conflict
 
 LOST = 0.5  # of a share: below it a skill is called lost
 SURE = 1.96  # standard deviations
+UNSEEN = 4  # more rows that a spread counts, half of them kept: of few rows none is sure (Agresti and Coull 1998)
 Rival = tuple[str | None, float | None]
 DROWNED, DANGER = 1.0, 0.6  # disturbances from which on a skill will probably, or may, be lost
 KEPT = {"tsv_m": (0.88, 0.76, 0.98), "svc": (0.86, 0.73, 0.97), "wudi": (0.72, 0.34, 0.95)}
@@ -45,7 +47,9 @@ class SkillForecast(Figures):
         description="Of its skill, less than half kept: probable by the share, possible by `low`; without rows by a "
         "disturbance from 1 and from 0.6 on. unknown: the evidence does not tell."
     )
-    rival: str | None = Field(description="The model whose delta changes its inputs most.")
+    rival: str | None = Field(
+        description="The model whose delta changes its inputs most, of those at a cosine below 0.5 to its own."
+    )
     disturbance: float | None = Field(description="By how much, beside its own change, of deltas as long.")
 
 
@@ -83,9 +87,17 @@ def of_answers(
         if share is None:
             made.append(_forecast(name, None, 0.0, by, rival))
             continue
-        spread = 1 - share * share if by == "numbers" else math.sqrt(max(0.0, share * (1 - share)))
-        made.append(_forecast(name, share, SURE * spread / math.sqrt(max(1, rows[name])) + ANSWERS_MARGIN, by, rival))
+        made.append(_forecast(name, share, SURE * _spread(share, rows[name], by) + ANSWERS_MARGIN, by, rival))
     return made
+
+
+def _spread(share: float, rows: int, by: str) -> float:
+    """Return the standard deviation of a share over so many rows."""
+    kept, seen = share * rows, rows + UNSEEN
+    if by == "numbers":
+        return (1 - (kept / seen) ** 2) / math.sqrt(max(1, rows))
+    middle = min(1.0, max(0.0, (kept + UNSEEN / 2) / seen))
+    return math.sqrt(middle * (1 - middle) / max(1, rows))
 
 
 def _forecast(name: str, share: float | None, margin: float, by: str, rival: Rival) -> SkillForecast:
@@ -105,10 +117,13 @@ def _made(name: str, shares: Sequence[float | None], by: str, loss: str, rival: 
 
 
 def _rival(names: Sequence[str], conflict: Conflict, i: int) -> Rival:
-    """Return the model that would disturb model i most were all deltas as long, and by how much."""
+    """Return the model that would disturb model i most were all deltas as long, and by how much.
+
+    A delta that goes the same way does what model i does, and disturbs nothing.
+    """
     others: dict[int, float] = {}
     for j, (value, norm) in enumerate(zip(conflict.disturbance[i], conflict.relative_norm, strict=True)):
-        if j != i and value is not None:
+        if j != i and value is not None and conflict.cosine[i][j] < ALIKE:
             own = conflict.relative_norm[i]
             others[j] = value * (own / norm) ** 2 if own and norm else value
     if not others:

@@ -34,6 +34,7 @@ from deltamerge.tensors.tiles import Tile, Whole, densify
 from deltamerge.tensors.traits import traits
 
 Floats = NDArray[np.float64]
+ALIKE = 0.5  # cosine from which on deltas go the same way
 DIRECTIONS = 16  # of a layer that are compared; a quarter of its smaller side where that is less
 
 

@@ -23,7 +23,7 @@ from pydantic import Field
 
 from deltamerge.apps.inspect.statistics import Figures, parse
 from deltamerge.apps.recommend.forecast import DANGER, SkillForecast, of_answers, of_weights
-from deltamerge.apps.recommend.meeting import Conflict, measure
+from deltamerge.apps.recommend.meeting import ALIKE, Conflict, measure
 from deltamerge.apps.recommend.prune import Conclusion, seen_from, with_comment
 from deltamerge.apps.search.candidates import candidates_in
 from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, SAME, SCORE_KEPT, ScoredTask
@@ -46,7 +46,6 @@ from deltamerge.run.options import Options
 
 FINALISTS = 3  # ways that are best at their usual λ, whose λ is looked for
 RATIO, FURTHER = 1.5, 3  # at RATIO times the last, up and down, and so often further
-ALIKE = 0.5  # mean cosine from which on deltas go the same way
 STAY, RULED = 0.8, 0.5  # of the loss of the usual λ: another λ is taken if it loses less; RULED: the usual is a rule's
 LAMBDA = "lambda"
 EACH = (
@@ -171,6 +170,9 @@ class MergeAdvice(Conclusion):
     factor: float = Field(description="λ of the recipe; of fitted coefficients where fitting starts.")
     evidence: Conflict
     forecast: list[SkillForecast] = Field(description="The forecast of each model in the recommended merge.")
+    head: str | None = Field(
+        None, description="The model whose head the merge has; null: heads are merged, or the base's."
+    )
     rescue: list[str] = Field(description="Ways to save the skills that may be lost.")
     candidates: list[MergeCandidate] = Field(description="Empty without rows.")
     search: dict[str, int] = Field(description="Rows of each model that coefficients are fitted on.")
@@ -182,6 +184,11 @@ class MergeAdvice(Conclusion):
     @property
     def _what(self) -> str:
         return f"{len(self.models)} models on {self.base}"
+
+    @property
+    def about_heads(self) -> str:
+        """Return what the forecasts of models with heads of their own mean; "": they have none."""
+        return "" if self.head is None else f"with each model's own head; the merge has that of {self.head}"
 
 
 def recommend_merge(
@@ -233,9 +240,12 @@ def merge_advice(
     """
     options = options or Options()
     setting = _Setting(tuple(models), base, _rows_of_each(calibration, models), options.pickles)
+    more = dict(keys or {})
+    # Keys that no recipe has are refused at once; which parameters there are depends on the method.
+    parse(setting.recipe(WHOLE, 1.0) | {key: value for key, value in more.items() if key != "parameters"})
     found, way, factor, fitted = _Adviser(setting, options).advice(fit=fit)
     place = Path.cwd() if folder is None else folder.resolve()
-    recipe = setting.recipe(way, factor, seen=lambda one: seen_from(place, one)) | dict(keys or {})
+    recipe = setting.recipe(way, factor, seen=lambda one: seen_from(place, one)) | more
     head = [f"{found.method}, by `deltamerge recommend`:", *(line for line in found.why if line != ROWS_CHOOSE)]
     return found.model_copy(update={"recipe": with_comment(head, recipe)}), fitted
 
@@ -249,7 +259,8 @@ def _rows_of_each(calibration: Sequence[Mapping[str, Any]], models: Sequence[str
 
 def names_of(models: Sequence[str]) -> list[str]:
     """Return the last part of every model's path, with its number where that is not its own."""
-    last = [one.rstrip("/").rpartition("/")[2] or one for one in models]
+    whole = [os.path.abspath(one) if os.path.basename(one.rstrip("/")) in (".", "..") else one for one in models]
+    last = [one.rstrip("/").rpartition("/")[2] or one for one in whole]
     return [one if last.count(one) == 1 else f"{one}-{i}" for i, one in enumerate(last, 1)]
 
 
@@ -265,11 +276,12 @@ class _Setting:
     def __post_init__(self) -> None:
         if len(self.models) < 2:
             raise UsageError("a merge takes two models or more")
-        for one in self.models:
-            if one == self.base:
+        base, *places = (os.path.realpath(os.path.expanduser(one)) for one in (self.base, *self.models))
+        for i, (one, place) in enumerate(zip(self.models, places, strict=True)):
+            if place == base:
                 raise InputError(f"{one}: is the base itself", hint="name fine-tunes, and their base with --base")
-        if len(set(self.models)) < len(self.models):
-            raise InputError(f"{self.models[0]}: a model is named twice", hint="name each once")
+            if place in places[:i]:
+                raise InputError(f"{one}: a model is named twice", hint="name each once")
 
     @cached_property
     def names(self) -> list[str]:
@@ -350,13 +362,20 @@ class _Adviser:
             factor=factor,
             evidence=conflict,
             forecast=forecast,
+            head=inputs.template.name if inputs.template in inputs.tunes and not talks else None,
             rescue=rescue(self.setting.names, conflict, forecast, rows=bool(self.setting.rows)),
             candidates=list(found.values()),
             search=search,
             held_out=held,
             forward_passes=self.passes,
             recipe="",
-            warnings=[*swapped(inputs), *unrelated(inputs), *other_words(inputs), *remarks_on_configs(inputs)],
+            warnings=[
+                *unchanged(self.setting.names, conflict),
+                *swapped(inputs),
+                *unrelated(inputs),
+                *other_words(inputs),
+                *remarks_on_configs(inputs),
+            ],
         )
         return advice, way, factor, fitted
 
@@ -407,7 +426,10 @@ class _Adviser:
             on_held = {way: trials.candidate(way, ["held"]) for way in found if trials.is_known(way, "held")}
             first = min((good[0], *fitted), key=lambda way: fmean(on_held[way].lost.values()))
             if first in fitted:
-                found, good = found | on_held, [first]
+                assert first.fitted is not None
+                start = starts[first.fitted]
+                same = start in on_held and on_held[start].lost == on_held[first].lost  # no factors were better
+                found, good = found | on_held, [start if same else first]
         return found, good
 
 
@@ -537,6 +559,12 @@ def _classes(task: ScoredTask) -> int | None:
     return 1 if is_regression(task.config) else int(task.config.num_labels)
 
 
+def unchanged(names: Sequence[str], conflict: Conflict) -> list[str]:
+    """Return a message for every model whose delta is 0."""
+    still = [name for name, norm in zip(names, conflict.relative_norm, strict=True) if norm == 0]
+    return [f"{name} has the weights of the base: it adds nothing to the merge" for name in still]
+
+
 def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, float, list[str]]:
     """Return the way that the angles of `count` deltas suggest. Language models share their heads."""
     said = f"mean cosine {conflict.cosine_mean:.2g}"
@@ -548,10 +576,10 @@ def without_rows(conflict: Conflict, count: int, *, talks: bool) -> tuple[Way, f
         )
     said = f"the deltas go different ways ({said}), and without rows"
     if talks:
-        kept = "wudi kept most of such language models"
-        return WUDI, 1.0, [f"{said} {kept} (docs/measurements/merging.md)", ROWS_CHOOSE]
-    way = SVC if count > 2 else TSV_M
-    kept = f"{way.method} of balanced deltas was the safest for {'more' if count > 2 else 'two'} models"
+        way, kept = WUDI, "wudi kept most of language models' skills"
+    else:
+        way = SVC if count > 2 else TSV_M
+        kept = f"{way.method} of balanced deltas was the safest for {'more' if count > 2 else 'two'} models"
     return way, float(f"{way.usual(count):.3g}"), [f"{said} {kept} (docs/measurements/merging.md)", ROWS_CHOOSE]
 
 

@@ -392,13 +392,26 @@ def with_comment(head: Sequence[str], recipe: Mapping[str, Any]) -> str:
         COMMENT, initial_indent="# ", subsequent_indent="# ", break_long_words=False, break_on_hyphens=False
     )
     text = "".join(f"{line}\n" for words in head for line in wrapper.wrap(words))
-    return text + yaml.safe_dump(dict(recipe), sort_keys=False, width=1000)
+    plain, escaped = (
+        yaml.safe_dump(dict(recipe), sort_keys=False, width=1000, allow_unicode=every) for every in (True, False)
+    )
+    return text + (plain if plain.replace("\n", "").isprintable() else escaped)
 
 
 def seen_from(folder: Path, reference: str) -> str:
-    """Return a local reference as a recipe in `folder` writes it. Absolute paths and hub ids are unchanged."""
+    """Return a local reference, or each part of base+delta, as a recipe in `folder` writes it.
+
+    Absolute paths and hub ids are unchanged.
+    """
     expanded = Path(reference).expanduser()
-    if not expanded.exists() or expanded.is_absolute():
-        return reference
-    relative = os.path.relpath(expanded, folder)
-    return relative if relative.startswith("..") else f"./{relative}"
+    if expanded.exists():
+        if expanded.is_absolute():
+            return reference
+        relative = os.path.relpath(expanded, folder)
+        return relative if relative.startswith("..") else f"./{relative}"
+    pieces = reference.split("+")
+    for i in range(1, len(pieces)):
+        parts = "+".join(pieces[:i]), "+".join(pieces[i:])
+        if any(os.path.exists(os.path.expanduser(part)) for part in parts):
+            return "+".join(seen_from(folder, part) for part in parts)
+    return reference

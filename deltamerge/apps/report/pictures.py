@@ -78,12 +78,14 @@ def illustrate(planned: Plan, folder: Path, made: Run, *, data: bool) -> dict[st
 
 
 def check_plot(path: Path, of: str = "", *, force: bool = False) -> None:
-    """Refuse a file where a search of the recipe file named `of` cannot be drawn.
+    """Refuse a file where a picture of the recipe file named `of` cannot be drawn.
 
     So is a file that was not drawn so, or was changed since. `force` allows it.
     """
     if path.suffix != ".svg":
         raise OutputError(f"{path}: cannot be drawn", hint="name a .svg file")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: no such folder", hint="make it, or name a file elsewhere")
     refuse_others(path, of, force=force)
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.apps.inspect.statistics import parse
+from deltamerge.apps.report.pictures import check_plot
 from deltamerge.apps.report.svg import STYLE, Panel, Point, bars, columns, picture
 from deltamerge.apps.search.candidates import candidates_in
 from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, ScoredTask, measured
@@ -27,6 +28,7 @@ from deltamerge.calibrate.model.blocks import Weights
 from deltamerge.engine import backends
 from deltamerge.errors import DeltamergeError, InputError, UsageError
 from deltamerge.files import progress
+from deltamerge.files.ownership import replace_own
 from deltamerge.recipe.file import RecipeFile
 from deltamerge.recipe.schema import Goal, Recipe, Study
 from deltamerge.run.options import Options
@@ -37,8 +39,10 @@ BEGIN = 4  # of them: the fine-tune's outputs, the base and the fine-tune as ref
 TENSORS = 12  # of them for tensors of the worst layer
 MODELS = 12  # and for models that are left out
 SHOWN = 8
+LEAST = 5e-4  # of a distance won: less is no cost
 TOGETHER = 8
 KEPT = 2 * 2**30  # bytes of the merge that stay in memory
+REMADE = "the merge is made of the rows of --rows; without --rows it is made of the recipe's own, as by run"
 GOAL = Goal.model_validate({"measure": AGREEMENT})
 STUDY = Study.model_validate({"together": 1})
 
@@ -65,7 +69,7 @@ class Bisection:
     models    models that were left out of the recipe
     layers    layers whose tensors were exchanged for the skill's own; only layers of the best runs are tried alone
     tensors   tensors of the worst layer
-    notes     trials that were not possible
+    notes     trials that were not possible, and whether the merge is another than a run's
     """
 
     skill: str
@@ -75,6 +79,13 @@ class Bisection:
     tensors: tuple[Suspect, ...]
     passes: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def costs(self) -> tuple[Suspect | None, Suspect | None, Suspect | None]:
+        """Return the layer, the tensor in it and the model that cost most. None: it costs nothing."""
+        kinds = (self.layers, self.tensors, self.models)
+        layer, tensor, model = (some[0] if some and some[0].won >= LEAST else None for some in kinds)
+        return layer, tensor if layer else None, model
 
     def describe(self) -> dict[str, Any]:
         """Return plain data, for JSON."""
@@ -95,8 +106,9 @@ class Bisection:
         ):
             points = [Point(one.name, max(0.0, one.won)) for one in some[:SHOWN]]
             panels += [Panel(title, "of the base's distance", bars(title, points, form=".1%"))] if points else []
-        worst = self.layers[0].name if self.layers else "no layer"
-        title = f"{self.skill} loses {self.lost[self.skill]:.0%}; {worst} costs it most"
+        layer, _, _ = self.costs
+        worst = f"{layer.name} costs it most" if layer else "no layer alone costs it"
+        title = f"{self.skill} loses {self.lost[self.skill]:.0%}; {worst}"
         return picture([[panel] for panel in panels], STYLE, title)
 
 
@@ -120,6 +132,9 @@ def bisect(
 
     UsageError: no model has that name, or the number of `rows` does not fit. InputError: a search would refuse it.
     """
+    if len(file.documents) > 1:
+        hint = "run the others first, and name their results as models"
+        raise InputError(f"{file.path}: has several documents", hint=hint)
     data = _with_rows(file.output.recipe, rows)
     options = options or Options()
     candidates = candidates_in(file.folder, options, pickles=bool(data.get("pickles")) or options.pickles)
@@ -137,6 +152,8 @@ def bisect(
         lost = {name: own[DISTANCE] for name, own in of_merge["search"].items()}
         worst = skill or max(lost, key=lambda name: lost[name])
         search = _Bisection(judge, walk, names[worst], lost[worst])
+        if rows and merge.stages:
+            search.notes.append(REMADE)
         others = [index for index in names.values() if index != names[worst]][:MODELS]
         layers = search.narrow(_layers(merge.places[names[worst]]), MOST - search.passes - TENSORS - len(others))
         tensors: list[Suspect] = []
@@ -261,6 +278,7 @@ class _Bisection:
         return found
 
 
-def draw(found: Bisection, path: Path) -> None:
-    """Write the picture of a bisection."""
-    path.write_text(found.picture() + "\n", encoding="utf-8")
+def draw(found: Bisection, path: Path, of: str = "", *, force: bool = False) -> None:
+    """Write the picture of a bisection of the recipe file named `of`. OutputError: as for `check_plot`."""
+    check_plot(path, of, force=force)
+    replace_own(path, found.picture(), of)

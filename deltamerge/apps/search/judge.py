@@ -29,6 +29,7 @@ from deltamerge.apps.search.evaluate import (
     measured,
     refuse_unknown,
 )
+from deltamerge.calibrate.merge import second_moments
 from deltamerge.calibrate.model.blocks import Weights
 from deltamerge.calibrate.rows import DataRow, rows_of, select, split
 from deltamerge.calibrate.spec import Calibrated
@@ -44,6 +45,7 @@ from deltamerge.tensors.names import resident_size
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.schedule import depth_first
 from deltamerge.tensors.tensor import Graph, Node
+from deltamerge.tensors.traits import name_of
 from deltamerge.tensors.views import in_memory
 
 K = TypeVar("K", bound=Hashable)
@@ -224,6 +226,7 @@ def _bytes_of_nodes(nodes: Mapping[Node, Node]) -> int:
     return sum(nbytes_of(node.dtype, node.shape) for node in nodes.values())  # of a value of a matrix about
 
 
+IN_MERGE = name_of(second_moments.merged)
 Part = Literal["first", "search", "held"]
 """Parts of the rows: a quarter of the search rows, all search rows, the deciding rows."""
 Scores = Mapping[str, Mapping[str, float]]
@@ -309,6 +312,7 @@ class StudyJudge:
 
     def walk(self, some: Sequence[RecipeCandidate], kept: int = 0) -> Walk:
         """Return the weights of candidates. Up to `kept` bytes of them stay in memory."""
+        self._forget_others(some)
         for candidate in some:
             self.prepare(candidate)
         return Walk(some, self.reader, self.known, self.device, self.budget, self.dtype, kept)
@@ -326,6 +330,13 @@ class StudyJudge:
             for own, scores in zip(found, of_sheet, strict=True):
                 own[part][name] = relative(scores, self.references[part]["base"][name])
         return [dict(own) for own in found]
+
+    def _forget_others(self, some: Sequence[RecipeCandidate]) -> None:
+        """Remove moments that were measured in other candidates' merges: no other candidate can use them."""
+        wanted = {stage for one in some for stage in one.stages}
+        for node in [one for one in self.known if one.function == IN_MERGE and one not in wanted]:
+            self.known.pop(node.inputs[0]).remove()
+            del self.known[node]
 
     def prepare(self, candidate: RecipeCandidate) -> None:
         """Run the stages of a candidate that no other has run: activations, q's."""

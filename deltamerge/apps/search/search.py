@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Any, Literal
 
 from xxhash import xxh3_128
@@ -162,7 +163,7 @@ def check(file: TemplateFile) -> Recipe:
     """
     source, ranges = file.template.source, file.template.ranges
     if file.template.sweeps:
-        hint = f"deltamerge sweep {file.path.name}"
+        hint = f"deltamerge sweep {quote(file.path.name)}"
         raise RecipeError(str(file.path), [source.problem(file.template.sweeps[0].loc, "is to be swept", hint)])
     if not ranges:
         hint = "weight: {search: [0, 1]}"

@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from shlex import quote
 from typing import Any, Literal
 
 from xxhash import xxh3_128
@@ -221,7 +222,7 @@ def _check(file: TemplateFile, points: Sequence[tuple[tuple[str, ...], Mapping[L
     """Refuse a template where nothing is swept, a number is open to a search, or a point is no recipe."""
     source = file.template.source
     if file.template.ranges:
-        hint = f"deltamerge search {file.path.name}"
+        hint = f"deltamerge search {quote(file.path.name)}"
         raise RecipeError(str(file.path), [source.problem(file.template.ranges[0].loc, "is to be searched", hint)])
     if not file.template.sweeps:
         hint = "density: {sweep: [0.1, 0.01]}, or --set KEY=VALUE twice"

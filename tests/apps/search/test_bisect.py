@@ -16,8 +16,9 @@ from calls import call
 from conftest import tiny_llama
 from safetensors.torch import load_file, save_file
 
-from deltamerge.apps.search.bisect import MOST, Bisection, bisect
-from deltamerge.apps.search.judge import Walk
+from deltamerge.apps.search.bisect import MOST, REMADE, Bisection, bisect
+from deltamerge.apps.search.judge import IN_MERGE, StudyJudge, Walk
+from deltamerge.cli.search import verdict
 from deltamerge.errors import UsageError
 from deltamerge.files import progress
 from deltamerge.recipe.file import read_recipe
@@ -139,8 +140,48 @@ def test_the_command_prints_and_draws(folder: Path, tmp_path: Path, capsys) -> N
     )
     assert "of the models most by b" in " ".join(out.split())
     assert 'data-name="4"' in plot.read_text()
-    code, _, err = call(capsys, *asked, "--plot", plot)
-    assert (code, "is there already" in err) == (1, True)
+    for taken, said in (
+        (tmp_path / "gone" / "cost.svg", "no such folder"),
+        (tmp_path / "mine.svg", "is there, and was not written for"),
+        (tmp_path / "cost.png", "cannot be drawn"),
+    ):
+        if taken.parent.exists():
+            taken.write_text("mine")
+        code, out, err = call(capsys, *asked, "--plot", taken)
+        assert (code, out, said in err) == (1, "", True)
+
+
+@pytest.mark.parametrize("method", ["regmean", "regmean_plus"])
+def test_a_model_is_left_out_of_a_merge_of_its_rows(folder: Path, tmp_path: Path, method: str, monkeypatch) -> None:
+    """The inputs that the others' layers have are measured anew, and old measurements in a merge are removed."""
+    recipe = planted(folder, tmp_path)
+    data = yaml.safe_load(recipe.read_text())
+    rows = {"data": str(folder / "rows.jsonl"), "sequences": 6, "length": 12}
+    models = [one | {"calibration": rows} for one in data["models"][:2]]
+    recipe.write_text(yaml.safe_dump({**data, "merge_method": method, "models": models}))
+    kept: list[int] = []
+    close = StudyJudge.close
+    monkeypatch.setattr(
+        StudyJudge,
+        "close",
+        lambda judge: kept.append(sum(one.function == IN_MERGE for one in judge.known)) or close(judge),
+    )
+    found = found_in(folder, recipe)
+    assert found.notes == (REMADE,)
+    assert bisect(read_recipe(recipe), skill="a", options=OPTIONS).notes == ()
+    kept.pop()
+    (b,) = found.models
+    assert (b.name, b.lost) == ("b", pytest.approx(0, abs=1e-5))  # of a alone nothing is lost
+    assert kept == [int(method == "regmean_plus")]
+
+
+def test_a_skill_that_loses_nothing_blames_nothing(folder: Path, tmp_path: Path) -> None:
+    recipe = planted(folder, tmp_path)
+    data = yaml.safe_load(recipe.read_text())
+    recipe.write_text(yaml.safe_dump({**data, "models": [data["models"][0] | {"parameters": {"weight": 1.0}}]}))
+    found = found_in(folder, recipe)
+    assert verdict(found) == "a loses 0.0%; no layer alone costs it"
+    assert "no layer alone costs it" in found.picture()
 
 
 def test_what_is_refused(folder: Path, tmp_path: Path, capsys) -> None:
@@ -150,5 +191,10 @@ def test_what_is_refused(folder: Path, tmp_path: Path, capsys) -> None:
     code, out, err = call(capsys, "bisect", recipe)
     assert (code, out) == (1, "")
     assert "has no rows" in err
+    several = tmp_path / "several.yaml"
+    text = recipe.read_text()
+    several.write_text(f"name: first\n{text}---\n{text.replace('./c', 'first')}")
+    code, _, err = call(capsys, "bisect", several, "--rows", folder / "rows.jsonl")
+    assert (code, "several.yaml: has several documents" in err) == (1, True)
     code, _, err = call(capsys, "bisect", recipe, "--rows", tmp_path)
     assert (code, "has no a.jsonl" in err) == (1, True)

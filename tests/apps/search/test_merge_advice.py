@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import html
+import io
 import json
 import shutil
 from collections import Counter
@@ -22,6 +24,7 @@ from running import run
 from safetensors.torch import load_file, save_file
 
 import deltamerge
+from deltamerge.apps.recommend import advised
 from deltamerge.apps.recommend import merge as merge_advice
 from deltamerge.apps.recommend.advised import AdvisedMerge, in_five_lines, rows_in
 from deltamerge.apps.recommend.forecast import SkillForecast, of_answers, of_weights
@@ -38,15 +41,19 @@ from deltamerge.apps.recommend.merge import (
     MergeCandidate,
     Way,
     best_first,
+    names_of,
     recommend_merge,
     rescue,
     standing,
+    unchanged,
     with_rows,
     without_rows,
 )
+from deltamerge.apps.recommend.prune import seen_from, with_comment
 from deltamerge.apps.search.judge import StudyJudge, Walk
 from deltamerge.calibrate.merge import coefficients
-from deltamerge.errors import InputError, OutputError, UsageError
+from deltamerge.cli.output import say_table
+from deltamerge.errors import InputError, OutputError, RecipeError, UsageError
 from deltamerge.methods.low_rank import leading
 from deltamerge.run.lock import Lock
 from deltamerge.run.options import Options
@@ -269,6 +276,7 @@ def test_the_decision() -> None:
     assert without_rows(met, 2, talks=False)[:2] == (TSV_M, 1.0)
     assert without_rows(met, 4, talks=False)[:2] == (SVC, 0.6)
     assert without_rows(met, 4, talks=True)[:2] == (WUDI, 1.0)
+    assert without_rows(met, 16, talks=True)[:2] == (WUDI, 0.5)  # the λ of its rule
     way, factor, _ = without_rows(met.model_copy(update={"cosine_mean": 0.6}), 4, talks=True)
     assert (way, factor) == (ARITHMETIC, 0.25)
     judged = {
@@ -346,9 +354,13 @@ def test_shares_that_answers_tell() -> None:
     assert (a.share, a.by) == (0.8, "answers")
     assert (b.share, b.by, b.loss) == (0.3, "numbers", "probable")
     assert (a.rival, a.disturbance) == ("b", 0.2)
-    assert a.high - a.share == pytest.approx(a.share - a.low) == pytest.approx(1.96 * 0.04 + 0.05)
+    assert a.high - a.share == pytest.approx(a.share - a.low) == pytest.approx(1.96 * 0.04 + 0.05, abs=0.002)
     few = of_answers(names, meeting(), kept, {"a": 4, "b": 1}, {"a": 10, "b": 10})[0]
     assert few.low < a.low
+    for classes, kept_all in (({"a": 4, "b": 4}, 0.5), ({"a": 1, "b": 1}, 0.4)):  # two rows kept may be luck
+        two = of_answers(names, meeting(), {"a": 1.0, "b": 1.0}, classes, {"a": 2, "b": 2})[0]
+        assert (two.high, two.loss) == (1.0, "possible")
+        assert two.low < kept_all
     a, b = of_answers(names, meeting(), {"a": 0.9}, {"a": None, "b": None}, rows)
     assert (a.share, a.by, a.loss) == (0.9, "texts", "none")
     assert (b.share, b.loss) == (None, "unknown")
@@ -376,11 +388,21 @@ def test_a_drowned_skill_and_what_would_save_it() -> None:
     assert rescue(names, alike, quiet, rows=False)[0].startswith("a and b are alike (cosine 0.75), the others not")
     alone = meeting().model_copy(update={"cosine": [[1, 0.75], [0.75, 1]], "cosine_mean": 0.75})
     assert not rescue(names, alone, quiet, rows=False)
+    twins = meeting(1.0).model_copy(update={"cosine": [[1, 0.9], [0.9, 1]], "cosine_mean": 0.9})
+    assert [(one.loss, one.rival) for one in of_weights(names, twins, "task_arithmetic")] == [("unknown", None)] * 2
+
+
+def test_a_delta_of_nothing_is_named() -> None:
+    still = meeting().model_copy(update={"relative_norm": [0.1, 0.0]})
+    assert unchanged(["a", "b"], still) == ["b has the weights of the base: it adds nothing to the merge"]
+    assert not unchanged(["a", "b"], meeting())
 
 
 REFUSED = {
     "a base among the models": (["tuned", "base"], [], InputError, "is the base itself"),
-    "one twice": (["tuned", "tuned"], [], InputError, "named twice"),
+    "one twice": (["other", "tuned", "tuned"], [], InputError, "tuned: a model is named twice"),
+    "one twice, by another path": (["other", "tuned", "./tuned"], [], InputError, "./tuned: a model is named twice"),
+    "a base by another path": (["tuned", "./base"], [], InputError, "is the base itself"),
     "one": (["tuned"], [], UsageError, "two models"),
     "rows of some": (["tuned", "other", "third"], ["calib.jsonl", "calib.jsonl"], UsageError, "2 files for 3 models"),
     "too few rows": (["tuned", "other"], ["few.jsonl"], InputError, "2 rows"),
@@ -400,6 +422,7 @@ def test_what_is_refused(folder: Path, monkeypatch, case: str) -> None:
 COMMANDS = {
     "a density": (["tuned", "other", "--density", "0.1"], "are for one MODEL"),
     "no density": (["tuned"], "--density"),
+    "a table of nothing": (["tuned", "other", "--csv"], "give --calibration"),
     "no fit": (["tuned", "--density", "0.1", "--no-fit"], "for several MODELS"),
 }
 
@@ -413,6 +436,15 @@ def test_options_of_the_other_kind(folder: Path, monkeypatch, capsys, case: str)
     assert said in err
 
 
+def test_a_table_has_a_column_for_each_figure_of_a_forecast(capsys) -> None:
+    one = SkillForecast(
+        model="a", share=0.5, low=0, high=1, by="answers", loss="none", rival=None, disturbance=None
+    )  # fmt: skip
+    say_table([candidate("ties", {"a": 0.5}).model_copy(update={"forecast": [one]})])
+    (row,) = csv.DictReader(io.StringIO(capsys.readouterr().out))
+    assert (row["forecast.0.model"], row["forecast.0.share"]) == ("a", "0.5")
+
+
 def test_a_file_that_is_there_is_kept(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "there.yaml").write_text("mine")
     with pytest.raises(OutputError, match="exists"):
@@ -421,7 +453,7 @@ def test_a_file_that_is_there_is_kept(folder: Path, tmp_path: Path) -> None:
 
 def test_merge_writes_its_recipe_says_five_lines_and_runs(folder: Path, tmp_path: Path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(folder)
-    out = tmp_path / "new" / "merged"
+    out = tmp_path / "new" / "two words"
     asked = ["merge", *NAMES, "--base", "base", "--out", out, "--workers", "1", "--device", "cpu"]
     code, said, err = call(capsys, *asked, "--dry-run")
     assert code == 0, err
@@ -429,12 +461,14 @@ def test_merge_writes_its_recipe_says_five_lines_and_runs(folder: Path, tmp_path
     heads = ("chosen: svc, balanced, λ = 0.693, in ", "why: ", keeps, "in danger: ", "what helps: ")
     assert len(said.splitlines()) == 5
     assert all(line.startswith(head) for line, head in zip(said.splitlines(), heads, strict=True))
-    recipe = out.with_name("merged.yaml")
+    assert said.splitlines()[2].endswith(", with each model's own head; the merge has that of tuned")
+    recipe = out.with_name("two words.yaml")
+    assert f"deltamerge run '{recipe}' --out '{out}' makes the merge" in err
     assert yaml.safe_load(recipe.read_text())["merge_method"] == "svc"
     assert not out.exists()
     code, _, err = call(capsys, *asked)
     assert (code, out.exists()) == (1, False)
-    assert f"{recipe}: a recipe is there" in err
+    assert f"{recipe}: a recipe is there\nhint: deltamerge run '{recipe}' --out '{out}' makes it" in err
     code, said, err = call(capsys, *asked, "--force", "--json")
     assert code == 0, err
     assert json.loads(said)["run"]["out"] == str(out)
@@ -464,6 +498,15 @@ def test_a_merge_fits_coefficients_once(folder: Path, tmp_path: Path, capsys, mo
     assert f"run {made}.yaml --out {made} --locked" in err
     code, _, err = call(capsys, "run", f"{made}.yaml", "--out", locked, "--locked", *few)
     assert (code, len(fits)) == (0, 1), err
+    (tmp_path / "made.lock").unlink()
+    with monkeypatch.context() as full:
+        full.setattr(advised, "run_recipe", lambda *given: (_ for _ in ()).throw(OutputError("no space")))
+        code, _, err = call(capsys, *asked, "--out", made, "--force")
+        assert (code, len(fits), "no space" in err) == (1, 2, True)
+    assert (tmp_path / "made.lock").exists()
+    code, _, err = call(capsys, *asked, "--out", made)
+    assert f"{made} --locked makes it" in err
+    fits.pop()
     code, said, err = call(capsys, *asked, "--out", made, "--force", "--json")
     assert (code, len(fits)) == (0, 2), err
     plain, best = json.loads(said)["advice"]["candidates"]
@@ -479,6 +522,44 @@ def test_a_merge_fits_coefficients_once(folder: Path, tmp_path: Path, capsys, mo
         assert (one.calibration, one.content["inputs"]) == (first.calibration, first.content["inputs"])
     code, _, err = call(capsys, "run", f"{made}.yaml", "--out", made, *few)
     assert (code, len(fits), "up to date" in err) == (0, 3, True)
+
+
+def test_a_recipe_elsewhere_names_both_parts_of_an_adapter(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("base", "a", "lo+ra", "sub"):
+        (tmp_path / name).mkdir()
+    place = tmp_path / "sub"
+    assert seen_from(place, "base+a") == "../base+../a"
+    assert seen_from(place, f"{tmp_path}/base+./a") == f"{tmp_path}/base+../a"
+    assert seen_from(place, "org/name@main+lo+ra") == "org/name@main+../lo+ra"
+    assert seen_from(place, "lo+ra") == "../lo+ra"
+    assert seen_from(place, "org/name+org/adapter") == "org/name+org/adapter"
+
+
+def test_a_model_in_the_current_folder_has_the_folder_s_name(folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder / "tuned")
+    assert names_of([".", "../other", "./"]) == ["tuned-1", "other", "tuned-3"]
+    assert names_of(["org/name@main", "base+../other"]) == ["name@main", "other"]
+
+
+def test_a_recipe_has_letters_of_any_alphabet() -> None:
+    for name, shown in (("modèle", "model: modèle"), ("a\u202eb", 'model: "a\\u202Eb"')):
+        text = with_comment(["why"], {"model": name})
+        assert text == f"# why\n{shown}\n"
+        assert yaml.safe_load(text) == {"model": name}
+
+
+def test_a_fit_that_found_nothing_is_not_recommended(folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(merge_advice, "WAYS", (ARITHMETIC, TSV_M))
+    monkeypatch.setattr(merge_advice, "SCOPES", SCOPES[1:])
+    monkeypatch.setattr(coefficients, "RATE", 0.0)
+    monkeypatch.setattr(merge_advice, "best_first", lambda judged: sorted(judged, key=lambda way: way.name))
+    asked = [{"data": "calib.jsonl", "sequences": 8, "length": 6}]
+    found = recommend_merge(NAMES[:2], "base", calibration=asked, options=OPTIONS)
+    lost = {one.name: one.lost_mean for one in found.candidates}
+    assert lost["tsv_m, balanced + coefficients by row"] == lost["tsv_m, balanced"] < lost["task_arithmetic"]
+    assert found.method == "tsv_m, balanced"
 
 
 def test_merge_names_its_own_option_for_rows() -> None:
@@ -501,6 +582,11 @@ def test_merge_from_python_without_a_method(folder: Path, tmp_path: Path) -> Non
     assert made.lock["outputs"]
     with pytest.raises(UsageError, match="a base"):
         deltamerge.merge(models, tmp_path / "other")
+    with pytest.raises(UsageError, match=r"x\.jsonl: is a path"):
+        deltamerge.merge(models, tmp_path / "other", base=base, rows="x.jsonl")
+    with pytest.raises(RecipeError, match="nosuch: unknown key"):
+        deltamerge.merge(models, tmp_path / "other", base=base, nosuch=1)
+    assert not (tmp_path / "other.yaml").exists()
     with pytest.raises(UsageError, match="rows choose a method"):
         deltamerge.merge(models, tmp_path / "other", method="ties", base=base, rows={"data": "x.jsonl"})
 
@@ -534,6 +620,18 @@ MERGES = {
         ["tuned", "other", "--base", "base", "--out", "x", "--rows", "gone"],
         "gone: no such folder",
     ),
+    "the current folder as output": (
+        ["tuned", "other", "--base", "base", "--out", ".", "--force"],
+        ".: is the current folder",
+    ),
+    "an output that is a model": (
+        ["tuned", "other", "--base", "base", "--out", "other", "--force"],
+        "other: holds the input other",
+    ),
+    "an output that no run made": (
+        ["tuned", "other", "--base", "base", "--out", "mine", "--force"],
+        "mine: --force replaces only files of runs",
+    ),
     "a model that is not there": (["tuned", "gone", "--base", "base", "--out", "x"], "gone"),
 }
 
@@ -542,6 +640,8 @@ MERGES = {
 def test_a_merge_that_is_refused_says_one_line_and_writes_nothing(folder: Path, monkeypatch, capsys, case: str) -> None:
     arguments, said = MERGES[case]
     monkeypatch.chdir(folder)
+    (folder / "mine").mkdir(exist_ok=True)
+    (folder / "mine" / "diary.txt").touch()
     before = sorted(folder.iterdir())
     code, out, err = call(capsys, "merge", *arguments)
     assert (code in (1, 2), out) == (True, "")

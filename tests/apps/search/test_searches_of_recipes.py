@@ -93,13 +93,14 @@ SHARED = {
     "rescaled": TWO + "prune: {method: magnitude, density: 0.2, rescale: l1}\n",
     "ties": TWO.replace("task_arithmetic", "ties") + "parameters: {density: 0.3}\n",
     "iso_c": MODELS % (1, 1) + "merge_method: iso_c\nparameters: {lambda: {search: [0.5, 2]}}\n",
+    "regmean_plus": MODELS % (1, 1) + "merge_method: regmean_plus\nparameters: {lambda: {search: [0.5, 2]}}\n",
     "calibrated": TWO + "prune: {method: dare, density: 0.2, q: output_change}\n",
     "choices": CHOSEN + "seed: {search: [0, 4], step: 1}",
     "layers": TWO.replace("[0, 1]}", "[0, 1], groups: 2}", 1),
 }  # fmt: skip
 
 
-FAST = ("dare", "iso_c")
+FAST = ("dare", "iso_c", "regmean_plus")
 slow = pytest.mark.slow
 
 
