@@ -204,9 +204,12 @@ def _pruning(recipe: Recipe) -> Iterator[Problem]:
         if method.factors:
             yield from _factors(recipe, i, loc)
         elif method.shares:
-            if (effective.bytes is None) == (effective.ratio is None):
+            sizes = [key for key in ("bytes", "ratio") if _pruning_given(recipe, i, key)]
+            if not sizes:
                 yield recipe.problem(loc, f"{method.name} needs bytes or a ratio", "bytes: 8MB, or ratio: 32")
-        elif effective.density is None and effective.budget is None and not _density_given(recipe, i):
+            elif len(sizes) > 1:
+                yield recipe.problem(loc, "bytes and ratio both say the size", "keep one of the two")
+        elif effective.density is None and not _pruning_given(recipe, i, "budget") and not _density_given(recipe, i):
             yield recipe.problem(loc, f"{method.name} needs a density", "density: 0.1 keeps a tenth of the delta")
         for name, value in effective.parameters.items():
             if value is None and name not in method.factors:
@@ -389,6 +392,10 @@ def _density_given(recipe: Recipe, index: int) -> bool:
     return in_part or any(
         is_given(recipe, *at, "density") or is_given(recipe, "models", index, *at, "density") for at in places
     )
+
+
+def _pruning_given(recipe: Recipe, index: int, key: str) -> bool:
+    return is_given(recipe, "prune", key) or is_given(recipe, "models", index, "prune", key)
 
 
 def _no_effect(recipe: Recipe, loc: Loc, prune: Prune, known: Iterable[str], methods: list[str]) -> Iterator[Problem]:
