@@ -8,7 +8,6 @@ learned.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +36,7 @@ from deltamerge.methods.rate import (
     MOST_LEARNED,
     Choice,
     Curve,
+    affordable,
     curve_of,
     histogram,
     parts_of,
@@ -58,7 +58,6 @@ from deltamerge.tensors.views import floats
 if TYPE_CHECKING:
     from deltamerge.calibrate.q.codes import LearnedCodes
 
-LEAST, WIDER = 8, 5  # components that a tensor is factored into: at least, and as a multiple of the affordable rank
 NEAR, TRIES = 0.99, 5
 SPARE = 200  # bytes that records of learned codes may take more, compressed
 # Errors of norms, biases, and tables of a few token types are the same for every token: for the squares of norms and
@@ -77,10 +76,7 @@ def bytes_of(planned: Plan) -> int | None:
     prune = effective_prune(recipe, recipe.fine_tunes[0])
     if prune.method == "none" or not PRUNE[prune.method].shares:
         return None
-    if prune.bytes is not None:
-        return prune.bytes
-    assert prune.ratio is not None
-    return math.floor(planned.nbytes / prune.ratio)
+    return prune.size_of(planned.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +173,10 @@ class ByteShares:
     def measure(self, progress: Callable[[int], None]) -> None:
         """Factor and count the deltas that an interrupted run has not. InputError: one is not finite."""
         left = [name for name in self.outputs if not self._restored(name)]
-        affordable = self._affordable()
+        rank = affordable(self.shapes.values(), self.nbytes)
 
         def look(name: str, delta: Array) -> None:
-            self._look(name, delta, affordable)
+            self._look(name, delta, rank)
 
         progress(sum(out.nbytes for name, out in self.outputs.items() if name not in left))
         self.run(left, look, progress)
@@ -307,19 +303,14 @@ class ByteShares:
         whole = sum(curve.energy for curve in self.curves.values())
         return sum(choice.lost for choice in self.choices.values()) / whole if whole else 0.0
 
-    def _affordable(self) -> int:
-        """Return the rank that all bytes would buy everywhere at one bit a number."""
-        sides = sum(m + n for m, n in self.shapes.values() if min(m, n) > 1)
-        return max(LEAST, WIDER * (8 * self.nbytes // max(1, sides)) // 2)
-
-    def _look(self, name: str, delta: Array, affordable: int) -> None:
+    def _look(self, name: str, delta: Array, rank: int) -> None:
         m, n = self.shapes[name]
         if not np.isfinite(delta).all():
             raise InputError("its delta is not finite", hint="repair the fine-tune, or exclude the tensor from pruning")
         found: Factors | None = None
         if min(m, n) > FEW:
             key = mask_key(self.planned.recipe.seed, "budget", name)
-            found = factor(delta, Wanted(min(m, n, affordable)), key)
+            found = factor(delta, Wanted(min(m, n, rank)), key)
         counts, squares = _counted(delta, SHARED if min(m, n) <= FEW else 1.0)
         with writing():
             self._path(name).write_bytes(b"" if found is None else np.ascontiguousarray(found.a, np.float32).tobytes())

@@ -49,6 +49,13 @@ class Pruning:
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = (TASK_HEAD,)
 
+    def size_of(self, whole: int) -> int:
+        """Return the bytes that method budget gives to the delta of a checkpoint of so many bytes."""
+        if self.bytes is not None:
+            return self.bytes
+        assert self.ratio is not None
+        return math.floor(whole / self.ratio)
+
 
 def effective_prune(recipe: Recipe, index: int) -> Pruning:
     """Return the pruning of `recipe.models[index]`; for each key the model's own value comes before the recipe's.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,16 @@ from deltamerge.formats.delta.parts import LEVELS, Factored, coded_scales, level
 from deltamerge.methods.low_rank import Wanted, factor
 from deltamerge.methods.rate import (
     FACTOR_LEVELS,
+    TORCH,
     Choice,
     Curve,
+    affordable,
     curve_of,
     distortion,
     histogram,
     parts_of,
     quantise,
+    scratch,
     share,
     table,
     unit,
@@ -549,6 +553,46 @@ def test_it_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(first) == 3
     assert not {*first} & {*seen}
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
+
+
+# ---- memory
+
+
+def held_now() -> int:
+    """The bytes of anonymous memory."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) << 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_many_components_take_no_more_memory_than_is_planned() -> None:
+    m, n = 19000, 384
+    delta = np.random.default_rng(0).standard_normal((m, n), np.float32)
+    rank = min(m, n)
+    nbytes = next(size for size in range(0, 10**7, 10**4) if affordable([(m, n)], size) >= rank)
+    planned = scratch([(m, n)], nbytes, 1) - TORCH
+    parts_of(delta[:99, :99].copy(), Choice(0, 0, (257,) * 9), factor(delta[:99, :99].copy(), Wanted(9), (1, 2)).a)
+    start, peak, done = held_now(), 0, threading.Event()
+
+    def look() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, held_now() - start)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        parts_of(delta, Choice(0, 0, (257,) * rank), factor(delta, Wanted(rank), (1, 2)).a)
+    finally:
+        done.set()
+        looking.join()
+    assert peak + delta.nbytes <= planned
+
+
+def test_more_bytes_may_take_more_memory(tmp_path: Path) -> None:
+    pair(tmp_path)
+    few, many = (make_plan(recipe(tmp_path, size), tmp_path / "out") for size in ("bytes: 2kB", "ratio: 2"))
+    assert few.peak_bytes < many.peak_bytes
 
 
 # ---- what is refused
