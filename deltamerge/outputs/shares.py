@@ -51,6 +51,7 @@ from deltamerge.plan.planner import Plan
 from deltamerge.recipe.prune import effective_prune
 from deltamerge.tensors.dtypes import Array
 from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.names import TOKEN_HEAD
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node
 from deltamerge.tensors.views import floats
@@ -256,7 +257,11 @@ class ByteShares:
         }
         measured = self.planned.measured[0]
         layers = measured.tensors.pairs
-        start = {name: made.factors for name, made in sums.items() if made.factors and name in layers}
+        start = {
+            name: made.factors
+            for name, made in sums.items()
+            if made.factors and name in layers and not TOKEN_HEAD.search(name)
+        }
         if not start:
             return
 
@@ -281,6 +286,11 @@ class ByteShares:
             stored = entries[name].values[: parts_bytes(record)] if record.parts else ()
             self.restored[name] = [*record.parts], np.array(stored, np.uint8)
         self.learned = LearnedCodes({}, kept.before, kept.after)
+
+    @property
+    def part_bytes(self) -> int:
+        """The bytes of the parts that were made last."""
+        return sum(one.nbytes for one in self.made.values())
 
     def account(self, summary: Summary) -> SharesAccount:
         """Return the account of the artifact that was written last."""

@@ -14,7 +14,7 @@ from deltamerge.recipe.problems import is_given, known_method, prune_params, pru
 from deltamerge.recipe.schema import MERGED, CalibratedQ, Calibration, Protect, Prune, Recipe
 from deltamerge.recipe.values import Value, chain, show
 from deltamerge.recipe.yaml_source import Loc, place
-from deltamerge.tensors.names import TASK_HEAD
+from deltamerge.tensors.names import SMALL_HEAD, TASK_HEAD
 
 # keys of a prune without a range
 OPTIONS = frozenset({"rescale", "sampling", "protect", "group", "budget", "bytes", "ratio", "length"})
@@ -62,7 +62,8 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
 
     The default method is implied by merge_method. The default density is mergekit's `parameters.density` (the model's,
     the slice's, then the recipe's), which then no longer trims inside ties. Tensors that no filter of a density matches
-    are kept whole. Pruning that is only implied applies to every tensor, also the task head, as in mergekit.
+    are kept whole. Pruning that is only implied applies to every tensor, also the task head, as in mergekit. A language
+    model's head shares a budget.
     """
     model, part, merge = recipe.models[index], recipe.part_of[index], MERGE.get(recipe.method_name or "")
     levels = [prune for prune in (model.prune, recipe.prune) if prune is not None]
@@ -97,7 +98,8 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
             density = chain(density, 1.0)
     q, rescale = _divisor(part.levels, levels, name)
     exclude = first("exclude")
-    heads = () if implied and first("method") is None else (TASK_HEAD,)
+    head = SMALL_HEAD if method is not None and method.shares else TASK_HEAD
+    heads = () if implied and first("method") is None else (head,)
     return Pruning(
         method=name,
         density=density,

@@ -114,7 +114,7 @@ class Prune(Keys):
         None, description="Prune only tensors whose name one of these finds (re.search). Default: all."
     )
     exclude: Items[Pattern] | None = Field(
-        None, description="Do not prune tensors whose name one of these finds. Default: the task head."
+        None, description="Do not prune tensors whose name one of these finds. Default: the task head; of budget a classifier's."
     )
     protect: Protect | None = Field(None, description="Columns that stay whole and unscaled.")
     group: Literal["tensor", "row", "model"] | None = Field(

@@ -353,6 +353,17 @@ def test_excluded_tensors_are_exact_and_more_bytes_lose_less(tmp_path: Path) -> 
     assert torch.equal(load_tensors(tmp_path / "applied")["head"], load_tensors(tmp_path / "tuned")["head"])
 
 
+def test_a_head_that_is_the_bases_takes_no_bytes(tmp_path: Path) -> None:
+    pair(tmp_path)
+    tensors = load_tensors(tmp_path / "tuned")
+    tensors["head"] = load_tensors(tmp_path / "base")["head"]
+    make_checkpoint(tmp_path / "tuned", tensors)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("{size}}}", "{size}, exclude: [head]}}").format(size="bytes: 1800"))
+    made = run(path, tmp_path / "out", workers=1)
+    assert 1700 <= made.lock["budget"]["bytes"] <= 1800
+
+
 ROWS = "calibration: {data: rows.jsonl, sequences: 180, length: 12}\n"
 
 
@@ -411,7 +422,7 @@ def test_hidden_states_teach_the_codes_too(tmp_path: Path, few_steps: None, monk
     ids = AutoTokenizer.from_pretrained(tmp_path / "tuned")(some, return_tensors="pt")
     for weight in (0.0, 1000.0):
         monkeypatch.setattr("deltamerge.calibrate.q.codes.STATES", weight)
-        run(recipe(tmp_path, "bytes: 7500", ROWS), tmp_path / "made", workers=1, force=True)
+        run(recipe(tmp_path, "bytes: 8000", ROWS), tmp_path / "made", workers=1, force=True)
         apply(str(tmp_path / "made"), str(tmp_path / "base"), tmp_path / "applied", workers=1, force=True)
         theirs, ours = (
             AutoModel.from_pretrained(tmp_path / name, dtype=torch.float32)(**ids).last_hidden_state.detach().double()
@@ -419,6 +430,30 @@ def test_hidden_states_teach_the_codes_too(tmp_path: Path, few_steps: None, monk
         )
         changes.append(float(((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean()))
     assert changes[1] < 0.98 * changes[0]
+
+
+def test_a_language_models_head_shares_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole head takes more than the budget. Its codes are not learned."""
+    from deltamerge.calibrate.q.codes import LearnedCodes
+
+    taught(tmp_path)
+    tensors = load_tensors(tmp_path / "tuned")
+    head = tensors["lm_head.weight"]
+    tensors["lm_head.weight"] = (head.float() + torch.tensor(8 * spectrum(*head.shape, 9))).to(head.dtype)
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    names: list[str] = []
+
+    def learn(measured: Any, start: Mapping[str, Factored], fixed: Any) -> LearnedCodes:
+        names.extend(start)
+        assert fixed("lm_head.weight").shape == head.shape
+        return LearnedCodes(start, 1.0, 1.0)
+
+    monkeypatch.setattr("deltamerge.calibrate.q.codes.learn_codes", learn)
+    run(recipe(tmp_path, "bytes: 5kB", ROWS), tmp_path / "out", workers=1)
+    record = DeltaFile.open(tmp_path / "out").entries["lm_head.weight"].record
+    assert record.values == "parts"
+    assert "model.layers.0.self_attn.q_proj.weight" in names
+    assert "lm_head.weight" not in names
 
 
 def test_a_lock_keeps_learned_codes(tmp_path: Path, few_steps: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -600,9 +635,11 @@ def test_more_bytes_may_take_more_memory(tmp_path: Path) -> None:
 
 def test_too_few_bytes_are_refused(tmp_path: Path) -> None:
     pair(tmp_path)
-    with pytest.raises(InputError, match="300 bytes are too few"):
+    with pytest.raises(InputError, match=r"300 bytes are too few: .* take [67]\d\d$") as caught:
         run(recipe(tmp_path, "bytes: 300"), tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()
+    nbytes = int(str(caught.value).rpartition(" ")[2])
+    run(recipe(tmp_path, f"bytes: {nbytes + 100}"), tmp_path / "out", workers=1)
 
 
 def test_a_delta_that_is_not_finite_is_refused(tmp_path: Path) -> None:
