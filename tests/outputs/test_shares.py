@@ -698,6 +698,10 @@ def test_extract_takes_a_budget_or_a_ratio(tmp_path: Path, capsys: Any, monkeypa
     assert code == 0
     assert [one["bytes"] for one in points] == sorted((one["bytes"] for one in points), reverse=True)
     assert points[0]["lost"] < points[1]["lost"]
+    code, _, err = call(capsys, "extract", "tuned", "--base", "base", "--budget", "6kB,1MB", "--workers", "1")
+    assert code == 0
+    first, second = (float(line.partition("about ")[2].partition(" ")[0]) for line in err.splitlines()[-2:])
+    assert first > second > 0
     assert not (tmp_path / "tuned-delta").exists()
     for arguments, said in (
         (["--budget", "300"], "are too few"),
