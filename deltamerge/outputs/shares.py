@@ -295,7 +295,8 @@ class ByteShares:
     def account(self, summary: Summary) -> SharesAccount:
         """Return the account of the artifact that was written last."""
         learned = None if self.learned is None else (self.learned.before, self.learned.after)
-        return SharesAccount(self.nbytes, self.made, self.lost, summary, self.length, learned)
+        made = {name: self.made[name] for name in self.outputs}  # threads finish in any order
+        return SharesAccount(self.nbytes, made, self.lost, summary, self.length, learned)
 
     def lost_at(self, nbytes: float) -> float:
         """Return the share of all squares that would be lost of so many bytes."""

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from deltamerge.methods.rate import (
     unit,
 )
 from deltamerge.models.delta_file import DeltaFile
+from deltamerge.outputs.shares import ByteShares
 from deltamerge.run.apply import apply
 from deltamerge.run.lock import Lock
 
@@ -276,12 +278,34 @@ def test_a_component_is_as_long_as_before_its_codes() -> None:
         assert (short**2).sum() == pytest.approx(found.gains.sum() * (1 - distortion(levels)) ** 2, rel=0.08)
 
 
+def table_of(folder: Path) -> str:
+    """The card's table of tensors."""
+    return (folder / "README.md").read_text().partition("## Bytes")[2].partition("##")[0]
+
+
+def test_a_card_lists_tensors_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whichever order threads finish them."""
+    pair(tmp_path)
+    made = ByteShares.parts
+
+    def parts(sharing: ByteShares, name: str, delta: Array) -> Any:
+        if name == "a.weight":
+            time.sleep(0.5)
+        return made(sharing, name, delta)
+
+    monkeypatch.setattr(ByteShares, "parts", parts)
+    run(recipe(tmp_path, "bytes: 6kB"), tmp_path / "out", workers=2, memory=700_000_000)
+    rows = table_of(tmp_path / "out").strip().splitlines()[2:]
+    assert [row.split(" ")[1] for row in rows] == sorted(SHAPES)
+
+
 def test_the_same_bytes_from_other_threads_tiles_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair(tmp_path)
     path = recipe(tmp_path, "bytes: 6kB")
     for name, workers in (("one", 1), ("two", 2)):
         run(path, tmp_path / name, workers=workers, memory=None if workers == 1 else 700_000_000)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert table_of(tmp_path / "one") == table_of(tmp_path / "two")
     again = run(path, tmp_path / "one", workers=1, locked=False)
     assert not again.made
 
