@@ -295,7 +295,7 @@ def _say_curve(points: Sequence[tuple[int, float]], *, as_json: bool) -> None:
         say_json({"curve": [{"bytes": nbytes, "lost": float(f"{lost:.4g}")} for nbytes, lost in points]})
         return
     for nbytes, lost in points:
-        tell(f"{nbytes:>15,} bytes   {lost:.3f} of the squares lost")
+        tell(f"{nbytes:>15,} bytes   about {lost:.3g} of the delta's squares are lost")
 
 
 def _lora_size(text: str | None, budgets: Sequence[int]) -> dict[str, Any] | None:

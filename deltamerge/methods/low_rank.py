@@ -137,10 +137,10 @@ def factor_product(b: Array, a: Array, wanted: Wanted, moments: Array | None = N
 def scratch_bytes(m: int, n: int, k: int, *, moments: bool) -> int:
     """Estimate the bytes that `factor` takes beside Δ and C."""
     side, kept = min(m, n), min(k, m, n)
-    factors = 20 * kept * (m + n)
+    factors = kept * (m + n)
     if side <= EXACT or kept > side // 4:
-        return 8 * (4 * side * side + BLOCK + (2 * n * n if moments and m > n else 0)) + factors
-    return factors + 40 * (kept + kept // 4 + SPARE) * (m + n) + (8 * n * n if moments else 0)
+        return 8 * (4 * side * side + BLOCK + (2 * n * n if moments and m > n else 0)) + 40 * factors
+    return 20 * factors + 40 * (kept + kept // 4 + SPARE) * (m + n) + (8 * n * n if moments else 0)
 
 
 def leading(delta: Array, count: int, key: Key) -> tuple[Floats, Floats]:
@@ -198,7 +198,8 @@ def _exact(delta: Array, wanted: Wanted, c: Tensor | None) -> tuple[Tensor, Floa
     count = wanted.count(gains, gain)
     v = vectors[:, :count] if root is None else root @ vectors[:, :count]
     u = torch.cat([block @ v for _, block in _rows(delta)])
-    return torch.linalg.qr(u / torch.from_numpy(np.sqrt(gains[:count])))[0], gains[:count], gain
+    u /= torch.from_numpy(np.sqrt(gains[:count]))
+    return torch.linalg.qr(u)[0], gains[:count], gain
 
 
 def _iterated(delta: Array, k: int, key: Key, c: Tensor | None, gain: float) -> _Subspace:

@@ -17,7 +17,7 @@ rows codes and scales are then learned (`calibrate.q.codes`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 
@@ -49,7 +49,7 @@ UNLISTED = 2.0  # weight, times the density, of the loss by unlisted entries: th
 HELD_STATES = 2  # turns through the rows whose last hidden states are held at once
 LATENT = 120  # bytes of memory for a byte of learned codes: values, gradients, and Adam's two means of each
 FILLS = 80  # lower prices, in sixteenths of a power of two, at which the remaining bytes are given away
-USUAL = 256  # components that a tensor is factored into, about
+LEAST, WIDER = 8, 5  # components that a tensor is factored into: at least, and as a multiple of the affordable rank
 OVERHEAD = 48.0  # bytes of a tensor's record, compressed: two hashes and its form
 
 
@@ -309,12 +309,24 @@ def _codes(vectors: Array, levels: int) -> Array:
     return trellis.nearest(vectors / np.where(scale > 0, scale, 1.0), levels)
 
 
-def scratch(shapes: Sequence[tuple[int, int]], workers: int) -> int:
+def affordable(shapes: Iterable[tuple[int, int]], nbytes: int) -> int:
+    """Return the components that deltas (m, n) are factored into: more than the bytes buy everywhere at one bit."""
+    sides = sum(m + n for m, n in shapes if min(m, n) > 1)
+    return max(LEAST, WIDER * (8 * nbytes // max(1, sides)) // 2)
+
+
+def scratch(shapes: Sequence[tuple[int, int]], nbytes: int, workers: int) -> int:
     """Return about the bytes of the deltas (m, n) that are collected, factored and coded at one time."""
-    held = sorted((12 * m * n if 4 * m * n <= HELD else 8 * m * n for m, n in shapes), reverse=True)
-    work = sorted((scratch_bytes(m, n, min(m, n, USUAL), moments=False) for m, n in shapes), reverse=True)
-    making = sum(held[: workers + 1]) + sum(work[:workers]) + workers * 64 * BLOCK
-    return TORCH + making
+    rank = affordable(shapes, nbytes)
+    held = sorted((4 * m * n for m, n in shapes if 4 * m * n <= HELD), reverse=True)
+    work = sorted((max(scratch_bytes(m, n, rank, moments=False), _coding(m, n, rank)) for m, n in shapes), reverse=True)
+    return TORCH + sum(held[: workers + 1]) + sum(work[:workers]) + workers * 64 * BLOCK
+
+
+def _coding(m: int, n: int, rank: int) -> int:
+    """Return about the bytes that the parts of a delta take beside it, while they are made."""
+    size, sides = m * n, min(m, n, rank) * (m + n)
+    return max(12 * size, 8 * (size + sides), 28 * sides)
 
 
 def _factors(delta: Array, vectors: Array, components: Array, longer: float | None) -> tuple[Part, Array]:
@@ -328,8 +340,10 @@ def _factors(delta: Array, vectors: Array, components: Array, longer: float | No
     v = torch.from_numpy(np.concatenate([levels_of(v_codes[levels], levels) for levels in groups]).astype(np.float64))
     inner = v @ v.T
     image = d @ v.T
+    del d
     left = _solve(inner, image.T).numpy()
     u_codes = {levels: _codes(left[counts == levels], levels) for levels in groups}
+    del left
     u = torch.from_numpy(np.concatenate([levels_of(u_codes[levels], levels) for levels in groups]).astype(np.float64))
     scales = _solve((u @ u.T) * inner, (u * image.T).sum(1)[:, None])[:, 0].numpy().clip(min=0.0)
     scales *= [1 / (1 - distortion(levels)) for levels in np.sort(counts)] if longer is None else longer

@@ -219,8 +219,6 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
                 sharing.measure(progress)
 
             def write(room: float) -> tuple[dict[Node, Any], Summary]:
-                if room < 0:
-                    raise refused(planned, nbytes, math.ceil(nbytes - room))
                 sharing.choose(room)
                 for file in job.work.folder.glob("delta*"):
                     file.unlink()
@@ -228,17 +226,20 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
                     return write_delta(planned, job.work.folder, progress, known, sharing=sharing)
 
             def fit(most: int) -> tuple[dict[Node, Any], Summary, float]:
-                room = fitting = float(most - HEADERS - rest)
-                best = 0
+                room = fitting = max(most / 2, most - HEADERS - rest)  # the rest may be less: a head that is the base's
+                best, sizes = 0, list[int]()
                 for _ in range(TRIES):
                     values, summary = write(room)
+                    sizes += summary.nbytes - sharing.part_bytes, summary.nbytes
                     if best < summary.nbytes <= most:
                         best, fitting = summary.nbytes, room
                     if best >= NEAR * most or (best and sharing.is_whole):
                         break
                     room += 0.997 * most - summary.nbytes
+                    if room < 0:
+                        break
                 if not best:
-                    raise refused(planned, nbytes, summary.nbytes)
+                    raise refused(planned, nbytes, min((s for s in sizes if s > nbytes), default=nbytes + SPARE))
                 if summary.nbytes != best:
                     values, summary = write(fitting)
                 return values, summary, fitting

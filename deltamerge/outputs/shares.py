@@ -8,7 +8,6 @@ learned.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +36,7 @@ from deltamerge.methods.rate import (
     MOST_LEARNED,
     Choice,
     Curve,
+    affordable,
     curve_of,
     histogram,
     parts_of,
@@ -51,6 +51,7 @@ from deltamerge.plan.planner import Plan
 from deltamerge.recipe.prune import effective_prune
 from deltamerge.tensors.dtypes import Array
 from deltamerge.tensors.lazy import torch
+from deltamerge.tensors.names import TOKEN_HEAD
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node
 from deltamerge.tensors.views import floats
@@ -58,7 +59,6 @@ from deltamerge.tensors.views import floats
 if TYPE_CHECKING:
     from deltamerge.calibrate.q.codes import LearnedCodes
 
-LEAST, WIDER = 8, 5  # components that a tensor is factored into: at least, and as a multiple of the affordable rank
 NEAR, TRIES = 0.99, 5
 SPARE = 200  # bytes that records of learned codes may take more, compressed
 # Errors of norms, biases, and tables of a few token types are the same for every token: for the squares of norms and
@@ -77,10 +77,7 @@ def bytes_of(planned: Plan) -> int | None:
     prune = effective_prune(recipe, recipe.fine_tunes[0])
     if prune.method == "none" or not PRUNE[prune.method].shares:
         return None
-    if prune.bytes is not None:
-        return prune.bytes
-    assert prune.ratio is not None
-    return math.floor(planned.nbytes / prune.ratio)
+    return prune.size_of(planned.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +174,10 @@ class ByteShares:
     def measure(self, progress: Callable[[int], None]) -> None:
         """Factor and count the deltas that an interrupted run has not. InputError: one is not finite."""
         left = [name for name in self.outputs if not self._restored(name)]
-        affordable = self._affordable()
+        rank = affordable(self.shapes.values(), self.nbytes)
 
         def look(name: str, delta: Array) -> None:
-            self._look(name, delta, affordable)
+            self._look(name, delta, rank)
 
         progress(sum(out.nbytes for name, out in self.outputs.items() if name not in left))
         self.run(left, look, progress)
@@ -260,7 +257,11 @@ class ByteShares:
         }
         measured = self.planned.measured[0]
         layers = measured.tensors.pairs
-        start = {name: made.factors for name, made in sums.items() if made.factors and name in layers}
+        start = {
+            name: made.factors
+            for name, made in sums.items()
+            if made.factors and name in layers and not TOKEN_HEAD.search(name)
+        }
         if not start:
             return
 
@@ -286,10 +287,16 @@ class ByteShares:
             self.restored[name] = [*record.parts], np.array(stored, np.uint8)
         self.learned = LearnedCodes({}, kept.before, kept.after)
 
+    @property
+    def part_bytes(self) -> int:
+        """The bytes of the parts that were made last."""
+        return sum(one.nbytes for one in self.made.values())
+
     def account(self, summary: Summary) -> SharesAccount:
         """Return the account of the artifact that was written last."""
         learned = None if self.learned is None else (self.learned.before, self.learned.after)
-        return SharesAccount(self.nbytes, self.made, self.lost, summary, self.length, learned)
+        made = {name: self.made[name] for name in self.outputs}  # threads finish in any order
+        return SharesAccount(self.nbytes, made, self.lost, summary, self.length, learned)
 
     def lost_at(self, nbytes: float) -> float:
         """Return the share of all squares that would be lost of so many bytes."""
@@ -307,19 +314,14 @@ class ByteShares:
         whole = sum(curve.energy for curve in self.curves.values())
         return sum(choice.lost for choice in self.choices.values()) / whole if whole else 0.0
 
-    def _affordable(self) -> int:
-        """Return the rank that all bytes would buy everywhere at one bit a number."""
-        sides = sum(m + n for m, n in self.shapes.values() if min(m, n) > 1)
-        return max(LEAST, WIDER * (8 * self.nbytes // max(1, sides)) // 2)
-
-    def _look(self, name: str, delta: Array, affordable: int) -> None:
+    def _look(self, name: str, delta: Array, rank: int) -> None:
         m, n = self.shapes[name]
         if not np.isfinite(delta).all():
             raise InputError("its delta is not finite", hint="repair the fine-tune, or exclude the tensor from pruning")
         found: Factors | None = None
         if min(m, n) > FEW:
             key = mask_key(self.planned.recipe.seed, "budget", name)
-            found = factor(delta, Wanted(min(m, n, affordable)), key)
+            found = factor(delta, Wanted(min(m, n, rank)), key)
         counts, squares = _counted(delta, SHARED if min(m, n) <= FEW else 1.0)
         with writing():
             self._path(name).write_bytes(b"" if found is None else np.ascontiguousarray(found.a, np.float32).tobytes())

@@ -457,17 +457,18 @@ def _held(
             "quantised_outputs": held_coded(outputs, workers),
             "rounding": held_rounding(outputs, workers),
             "vocabulary_rows": vocabulary.held(workers) if vocabulary is not None else 0,
-            "sharing": _shared_bytes(outputs, shared, workers) if shared else 0,
+            "sharing": _shared_bytes(recipe, outputs, shared, workers) if shared else 0,
         }
     )
 
 
-def _shared_bytes(outputs: Sequence[OutputTensor], shared: Container[str], workers: int) -> int:
+def _shared_bytes(recipe: Recipe, outputs: Sequence[OutputTensor], shared: Container[str], workers: int) -> int:
     """Return the memory of deltas that share the bytes of an artifact, while they are factored and coded."""
     from deltamerge.formats.delta.parts import matrix_shape
     from deltamerge.methods.rate import scratch
 
-    return scratch([matrix_shape(out.shape) for out in outputs if out.name in shared], workers)
+    nbytes = prune.effective_prune(recipe, recipe.fine_tunes[0]).size_of(sum(out.nbytes for out in outputs))
+    return scratch([matrix_shape(out.shape) for out in outputs if out.name in shared], nbytes, workers)
 
 
 def _sources(stages: Stages, inputs: Inputs, *, check: bool) -> Mapping[int, CalibrationInput]:

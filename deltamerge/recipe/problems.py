@@ -65,6 +65,8 @@ def problem_of(error: ErrorDetails, source: YamlSource, root: type[BaseModel]) -
         message, got = f"has more than {context['max_length']} items", ""
     elif kind == "less_than_equal":
         message = f"must be at most {context['le']:,}"
+    elif kind == "greater_than":
+        message = f"must be greater than {context['gt']:g}"
     elif kind in ("greater_than_equal", "less_than"):
         message = f"must be {'at least' if 'ge' in context else 'less than'} {context.get('ge', context.get('lt'))}"
     else:

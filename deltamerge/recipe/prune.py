@@ -14,7 +14,7 @@ from deltamerge.recipe.problems import is_given, known_method, prune_params, pru
 from deltamerge.recipe.schema import MERGED, CalibratedQ, Calibration, Protect, Prune, Recipe
 from deltamerge.recipe.values import Value, chain, show
 from deltamerge.recipe.yaml_source import Loc, place
-from deltamerge.tensors.names import TASK_HEAD
+from deltamerge.tensors.names import SMALL_HEAD, TASK_HEAD
 
 # keys of a prune without a range
 OPTIONS = frozenset({"rescale", "sampling", "protect", "group", "budget", "bytes", "ratio", "length"})
@@ -49,13 +49,21 @@ class Pruning:
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = (TASK_HEAD,)
 
+    def size_of(self, whole: int) -> int:
+        """Return the bytes that method budget gives to the delta of a checkpoint of so many bytes."""
+        if self.bytes is not None:
+            return self.bytes
+        assert self.ratio is not None
+        return math.floor(whole / self.ratio)
+
 
 def effective_prune(recipe: Recipe, index: int) -> Pruning:
     """Return the pruning of `recipe.models[index]`; for each key the model's own value comes before the recipe's.
 
     The default method is implied by merge_method. The default density is mergekit's `parameters.density` (the model's,
     the slice's, then the recipe's), which then no longer trims inside ties. Tensors that no filter of a density matches
-    are kept whole. Pruning that is only implied applies to every tensor, also the task head, as in mergekit.
+    are kept whole. Pruning that is only implied applies to every tensor, also the task head, as in mergekit. A language
+    model's head shares a budget.
     """
     model, part, merge = recipe.models[index], recipe.part_of[index], MERGE.get(recipe.method_name or "")
     levels = [prune for prune in (model.prune, recipe.prune) if prune is not None]
@@ -90,7 +98,8 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
             density = chain(density, 1.0)
     q, rescale = _divisor(part.levels, levels, name)
     exclude = first("exclude")
-    heads = () if implied and first("method") is None else (TASK_HEAD,)
+    head = SMALL_HEAD if method is not None and method.shares else TASK_HEAD
+    heads = () if implied and first("method") is None else (head,)
     return Pruning(
         method=name,
         density=density,
@@ -204,9 +213,12 @@ def _pruning(recipe: Recipe) -> Iterator[Problem]:
         if method.factors:
             yield from _factors(recipe, i, loc)
         elif method.shares:
-            if (effective.bytes is None) == (effective.ratio is None):
+            sizes = [key for key in ("bytes", "ratio") if _pruning_given(recipe, i, key)]
+            if not sizes:
                 yield recipe.problem(loc, f"{method.name} needs bytes or a ratio", "bytes: 8MB, or ratio: 32")
-        elif effective.density is None and effective.budget is None and not _density_given(recipe, i):
+            elif len(sizes) > 1:
+                yield recipe.problem(loc, "bytes and ratio both say the size", "keep one of the two")
+        elif effective.density is None and not _pruning_given(recipe, i, "budget") and not _density_given(recipe, i):
             yield recipe.problem(loc, f"{method.name} needs a density", "density: 0.1 keeps a tenth of the delta")
         for name, value in effective.parameters.items():
             if value is None and name not in method.factors:
@@ -389,6 +401,10 @@ def _density_given(recipe: Recipe, index: int) -> bool:
     return in_part or any(
         is_given(recipe, *at, "density") or is_given(recipe, "models", index, *at, "density") for at in places
     )
+
+
+def _pruning_given(recipe: Recipe, index: int, key: str) -> bool:
+    return is_given(recipe, "prune", key) or is_given(recipe, "models", index, "prune", key)
 
 
 def _no_effect(recipe: Recipe, loc: Loc, prune: Prune, known: Iterable[str], methods: list[str]) -> Iterator[Problem]:

@@ -114,7 +114,9 @@ class Prune(Keys):
         None, description="Prune only tensors whose name one of these finds (re.search). Default: all."
     )
     exclude: Items[Pattern] | None = Field(
-        None, description="Do not prune tensors whose name one of these finds. Default: the task head."
+        None,
+        description="Do not prune tensors whose name one of these finds. "
+        "Default: the task head; with budget a classifier's alone.",
     )
     protect: Protect | None = Field(None, description="Columns that stay whole and unscaled.")
     group: Literal["tensor", "row", "model"] | None = Field(

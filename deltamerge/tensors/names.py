@@ -37,6 +37,8 @@ BEFORE_LAYERS = re.compile(rf"{_TABLE}|(^|[./])project_in\.")
 # and language-model heads by the names that transformers gives them, as a whole component of the tensor's name. The
 # default of a recipe's `exclude`, so a pattern for `re.search`. Wider than `TOKEN_HEAD`: classifiers have no tokens.
 TASK_HEAD = r"(^|[./])(classifier|score|lm_head|qa_outputs|classification_head|embed_out|cls)(\.|$)"
+# The same without the heads of language models, which are as large as tables of embeddings.
+SMALL_HEAD = r"(^|[./])(classifier|score|qa_outputs|classification_head|cls)(\.|$)"
 
 # Model types of transformers with modules of its class Conv1D, whose weight is (in, out), and those modules' names.
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp", "clvp_decoder"})

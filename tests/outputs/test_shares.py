@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,18 +25,22 @@ from deltamerge.formats.delta.parts import LEVELS, Factored, coded_scales, level
 from deltamerge.methods.low_rank import Wanted, factor
 from deltamerge.methods.rate import (
     FACTOR_LEVELS,
+    TORCH,
     Choice,
     Curve,
+    affordable,
     curve_of,
     distortion,
     histogram,
     parts_of,
     quantise,
+    scratch,
     share,
     table,
     unit,
 )
 from deltamerge.models.delta_file import DeltaFile
+from deltamerge.outputs.shares import ByteShares
 from deltamerge.run.apply import apply
 from deltamerge.run.lock import Lock
 
@@ -272,12 +278,34 @@ def test_a_component_is_as_long_as_before_its_codes() -> None:
         assert (short**2).sum() == pytest.approx(found.gains.sum() * (1 - distortion(levels)) ** 2, rel=0.08)
 
 
+def table_of(folder: Path) -> str:
+    """The card's table of tensors."""
+    return (folder / "README.md").read_text().partition("## Bytes")[2].partition("##")[0]
+
+
+def test_a_card_lists_tensors_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In whichever order threads finish them."""
+    pair(tmp_path)
+    made = ByteShares.parts
+
+    def parts(sharing: ByteShares, name: str, delta: Array) -> Any:
+        if name == "a.weight":
+            time.sleep(0.5)
+        return made(sharing, name, delta)
+
+    monkeypatch.setattr(ByteShares, "parts", parts)
+    run(recipe(tmp_path, "bytes: 6kB"), tmp_path / "out", workers=2, memory=700_000_000)
+    rows = table_of(tmp_path / "out").strip().splitlines()[2:]
+    assert [row.split(" ")[1] for row in rows] == sorted(SHAPES)
+
+
 def test_the_same_bytes_from_other_threads_tiles_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pair(tmp_path)
     path = recipe(tmp_path, "bytes: 6kB")
     for name, workers in (("one", 1), ("two", 2)):
         run(path, tmp_path / name, workers=workers, memory=None if workers == 1 else 700_000_000)
     assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert table_of(tmp_path / "one") == table_of(tmp_path / "two")
     again = run(path, tmp_path / "one", workers=1, locked=False)
     assert not again.made
 
@@ -349,6 +377,17 @@ def test_excluded_tensors_are_exact_and_more_bytes_lose_less(tmp_path: Path) -> 
     assert torch.equal(load_tensors(tmp_path / "applied")["head"], load_tensors(tmp_path / "tuned")["head"])
 
 
+def test_a_head_that_is_the_bases_takes_no_bytes(tmp_path: Path) -> None:
+    pair(tmp_path)
+    tensors = load_tensors(tmp_path / "tuned")
+    tensors["head"] = load_tensors(tmp_path / "base")["head"]
+    make_checkpoint(tmp_path / "tuned", tensors)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.replace("{size}}}", "{size}, exclude: [head]}}").format(size="bytes: 1800"))
+    made = run(path, tmp_path / "out", workers=1)
+    assert 1700 <= made.lock["budget"]["bytes"] <= 1800
+
+
 ROWS = "calibration: {data: rows.jsonl, sequences: 180, length: 12}\n"
 
 
@@ -407,7 +446,7 @@ def test_hidden_states_teach_the_codes_too(tmp_path: Path, few_steps: None, monk
     ids = AutoTokenizer.from_pretrained(tmp_path / "tuned")(some, return_tensors="pt")
     for weight in (0.0, 1000.0):
         monkeypatch.setattr("deltamerge.calibrate.q.codes.STATES", weight)
-        run(recipe(tmp_path, "bytes: 7500", ROWS), tmp_path / "made", workers=1, force=True)
+        run(recipe(tmp_path, "bytes: 8000", ROWS), tmp_path / "made", workers=1, force=True)
         apply(str(tmp_path / "made"), str(tmp_path / "base"), tmp_path / "applied", workers=1, force=True)
         theirs, ours = (
             AutoModel.from_pretrained(tmp_path / name, dtype=torch.float32)(**ids).last_hidden_state.detach().double()
@@ -415,6 +454,30 @@ def test_hidden_states_teach_the_codes_too(tmp_path: Path, few_steps: None, monk
         )
         changes.append(float(((ours - theirs).square().sum(-1) / theirs.square().sum(-1)).mean()))
     assert changes[1] < 0.98 * changes[0]
+
+
+def test_a_language_models_head_shares_the_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole head takes more than the budget. Its codes are not learned."""
+    from deltamerge.calibrate.q.codes import LearnedCodes
+
+    taught(tmp_path)
+    tensors = load_tensors(tmp_path / "tuned")
+    head = tensors["lm_head.weight"]
+    tensors["lm_head.weight"] = (head.float() + torch.tensor(8 * spectrum(*head.shape, 9))).to(head.dtype)
+    save_file(tensors, tmp_path / "tuned" / "model.safetensors", {"format": "pt"})
+    names: list[str] = []
+
+    def learn(measured: Any, start: Mapping[str, Factored], fixed: Any) -> LearnedCodes:
+        names.extend(start)
+        assert fixed("lm_head.weight").shape == head.shape
+        return LearnedCodes(start, 1.0, 1.0)
+
+    monkeypatch.setattr("deltamerge.calibrate.q.codes.learn_codes", learn)
+    run(recipe(tmp_path, "bytes: 5kB", ROWS), tmp_path / "out", workers=1)
+    record = DeltaFile.open(tmp_path / "out").entries["lm_head.weight"].record
+    assert record.values == "parts"
+    assert "model.layers.0.self_attn.q_proj.weight" in names
+    assert "lm_head.weight" not in names
 
 
 def test_a_lock_keeps_learned_codes(tmp_path: Path, few_steps: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -551,14 +614,56 @@ def test_it_can_be_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert files_of(tmp_path / "out") == files_of(tmp_path / "whole")
 
 
+# ---- memory
+
+
+def held_now() -> int:
+    """The bytes of anonymous memory."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("RssAnon:")[2].split()[0]) << 10
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
+def test_many_components_take_no_more_memory_than_is_planned() -> None:
+    m, n = 19000, 384
+    delta = np.random.default_rng(0).standard_normal((m, n), np.float32)
+    rank = min(m, n)
+    nbytes = next(size for size in range(0, 10**7, 10**4) if affordable([(m, n)], size) >= rank)
+    planned = scratch([(m, n)], nbytes, 1) - TORCH
+    parts_of(delta[:99, :99].copy(), Choice(0, 0, (257,) * 9), factor(delta[:99, :99].copy(), Wanted(9), (1, 2)).a)
+    start, peak, done = held_now(), 0, threading.Event()
+
+    def look() -> None:
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, held_now() - start)
+
+    looking = threading.Thread(target=look)
+    looking.start()
+    try:
+        parts_of(delta, Choice(0, 0, (257,) * rank), factor(delta, Wanted(rank), (1, 2)).a)
+    finally:
+        done.set()
+        looking.join()
+    assert peak + delta.nbytes <= planned
+
+
+def test_more_bytes_may_take_more_memory(tmp_path: Path) -> None:
+    pair(tmp_path)
+    few, many = (make_plan(recipe(tmp_path, size), tmp_path / "out") for size in ("bytes: 2kB", "ratio: 2"))
+    assert few.peak_bytes < many.peak_bytes
+
+
 # ---- what is refused
 
 
 def test_too_few_bytes_are_refused(tmp_path: Path) -> None:
     pair(tmp_path)
-    with pytest.raises(InputError, match="300 bytes are too few"):
+    with pytest.raises(InputError, match=r"300 bytes are too few: .* take [67]\d\d$") as caught:
         run(recipe(tmp_path, "bytes: 300"), tmp_path / "out", workers=1)
     assert not (tmp_path / "out").exists()
+    nbytes = int(str(caught.value).rpartition(" ")[2])
+    run(recipe(tmp_path, f"bytes: {nbytes + 100}"), tmp_path / "out", workers=1)
 
 
 def test_a_delta_that_is_not_finite_is_refused(tmp_path: Path) -> None:
@@ -577,9 +682,11 @@ def test_a_delta_that_is_not_finite_is_refused(tmp_path: Path) -> None:
         ("output: {kind: delta, semantics: add}", "output: {kind: delta}", "makes a delta artifact of values to add"),
         ("output: {kind: delta, semantics: add}", "output: {kind: model}", "makes a delta artifact of values to add"),
         ("semantics: add", "semantics: add, values: int8", "are chosen by prune: budget"),
-        ("bytes: 6kB", "bytes: 6kB, ratio: 8", "needs bytes or a ratio"),
+        ("bytes: 6kB", "bytes: 6kB, ratio: 8", "bytes and ratio both say the size"),
         ("method: budget, bytes: 6kB", "method: budget", "needs bytes or a ratio"),
-        ("bytes: 6kB", "ratio: 0.5", "greater than 1"),
+        ("bytes: 6kB", "ratio: 0.5", r"^[^\n]*: prune.ratio: must be greater than 1, got 0.5$"),
+        ("bytes: 6kB", "bytes: 0", r"^[^\n]*: prune.bytes: must be at least one byte, got 0$"),
+        ("method: budget, bytes: 6kB", "method: dare, budget: 0", r"^[^\n]*: prune.budget: must be at least one byte"),
         ("bytes: 6kB", "bytes: 6kB, length: 2", "must be at most 1"),
         ("bytes: 6kB", "bytes: 6kB, density: 0.1", "has no effect with method budget"),
         ("models: [tuned]", "models: [tuned, other]", "needs a single fine-tune"),
@@ -615,6 +722,10 @@ def test_extract_takes_a_budget_or_a_ratio(tmp_path: Path, capsys: Any, monkeypa
     assert code == 0
     assert [one["bytes"] for one in points] == sorted((one["bytes"] for one in points), reverse=True)
     assert points[0]["lost"] < points[1]["lost"]
+    code, _, err = call(capsys, "extract", "tuned", "--base", "base", "--budget", "6kB,1MB", "--workers", "1")
+    assert code == 0
+    first, second = (float(line.partition("about ")[2].partition(" ")[0]) for line in err.splitlines()[-2:])
+    assert first > second > 0
     assert not (tmp_path / "tuned-delta").exists()
     for arguments, said in (
         (["--budget", "300"], "are too few"),

@@ -321,7 +321,8 @@ def curve(
         recipe |= {} if calibration is None else {"calibration": dict(calibration)}
         with _as_asked():
             plans.append(make_plans(_file(recipe), Path(name_of(model, lora=False)), options)[-1])
-    return shares.curve(plans[0], [nbytes for one in plans if (nbytes := shares.bytes_of(one)) is not None])
+    found = [nbytes for one in plans if (nbytes := shares.bytes_of(one)) is not None]
+    return shares.curve(plans[found.index(max(found))], found)
 
 
 def _file(recipe: Mapping[str, Any]) -> RecipeFile:
