@@ -21,7 +21,7 @@ from deltamerge.calibrate.model.passes import COMPARED, BlockOutput, Inputs, Wei
 
 MOST = 0.6  # the largest chance of a token to be replaced; each row of a variation has a chance of its own
 PIXELS = "pixel_values"
-MIXED = 0.5  # the largest share of another picture
+MIXED = 0.5  # the largest share of another picture, and chance of a token to be another text's
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class MixedRows:
 
     def _texts(self, ids: Tensor, real: Tensor, draw: np.random.Generator) -> Tensor:
         mixed, varies = ids.clone(), real & ~torch.isin(ids, self.special)
-        others, chance = ids[varies], MOST * draw.random((len(ids), 1))
+        others, chance = ids[varies], MIXED * draw.random((len(ids), 1))
         taken = varies & torch.from_numpy(draw.random(tuple(ids.shape)) < chance)
         mixed[taken] = others[torch.from_numpy(draw.integers(max(1, len(others)), size=int(taken.sum())))]
         return mixed
