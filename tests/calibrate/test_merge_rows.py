@@ -513,7 +513,7 @@ def test_the_data_of_classifiers_is_mixed_in_each_turn(classifiers: Path, monkey
     seen: list[tuple[tuple[int, ...], int]] = []
     turn = MixedRows.turn
     monkeypatch.setattr(MixedRows, "turn", lambda one, number: seen.append((one.seed, number)) or turn(one, number))
-    for scope, passes in (("layer", 60), ("row", 300)):
+    for scope, passes in (("layer", 60), ("row", 600)):
         plan = make_plan(recipe(classifiers, "mixed", "task_arithmetic", FITTED % scope, "lambda: 0.1"))
         ((stage, _),) = plan.specs.items()
         (described,) = plan.describe()["stages"]
