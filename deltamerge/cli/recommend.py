@@ -349,7 +349,8 @@ def merge(
 ) -> None:
     """Merge MODELS into one, by the method that suits them: recommend, its recipe, and run.
 
-    Prints the choice, its reason, the share that each skill should keep, and a remedy for a skill in danger.
+    Prints the choice, its reason, the share that each skill should keep, and a remedy for a skill in danger. A LoRA's
+    folder is a model too: the base with that adapter.
 
     \b
     deltamerge merge ./math ./code --base ./base --out merged

@@ -26,7 +26,7 @@ from deltamerge.apps.recommend.forecast import DANGER, SkillForecast, of_answers
 from deltamerge.apps.recommend.meeting import ALIKE, Conflict, measure
 from deltamerge.apps.recommend.prune import Conclusion, seen_from, with_comment
 from deltamerge.apps.search.candidates import candidates_in
-from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, SAME, SCORE_KEPT, ScoredTask
+from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, SAME, SCORE_KEPT, ScoredTask, is_adapter
 from deltamerge.apps.search.judge import Part, StudyJudge
 from deltamerge.apps.search.outcome import one_line
 from deltamerge.calibrate.q.objectives import is_regression
@@ -294,7 +294,8 @@ class _Setting:
         """Return the recipe of a way at a λ. `judged`: with the rows of every model, whether it needs them or not."""
         known, models = MERGE[way.method].parameters, []
         for i, (model, name) in enumerate(zip(self.models, self.names, strict=True)):
-            one: dict[str, Any] = {"model": seen(model), "name": name}
+            whole = f"{self.base}+{model}" if is_adapter(os.path.expanduser(model), Path.cwd()) else model
+            one: dict[str, Any] = {"model": seen(whole), "name": name}
             if "weight" in known and known["weight"].default is None:
                 one["parameters"] = {"weight": 1.0}
             if self.rows and (judged or way.needs_rows):

@@ -510,7 +510,7 @@ def open_model(reference: str, base: str | None, folder: Path | None = None, *, 
     models = Models()
     opener = partial(models.open, weights=True, pickles=pickles)
     with errors.context(reference):
-        if _is_adapter(reference, here):
+        if is_adapter(reference, here):
             if base is None:
                 raise UsageError("is an adapter, which needs its base", hint=f"--base MODEL, or MODEL+{reference}")
             return decoded(opener(f"{base}+{reference}", here))
@@ -521,5 +521,6 @@ def open_model(reference: str, base: str | None, folder: Path | None = None, *, 
         return decoded(found)
 
 
-def _is_adapter(reference: str, folder: Path) -> bool:
+def is_adapter(reference: str, folder: Path) -> bool:
+    """Tell whether a reference in `folder` is an adapter's folder, without its base."""
     return (folder / reference / "adapter_config.json").is_file() and not (folder / reference / "config.json").is_file()

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from adapters import write_adapter
 from calibration_rows import rows
 from calls import call
-from conftest import load_tensors, tiny_bert_pair
+from conftest import load_tensors, tiny_bert_pair, tiny_llama
 from running import run
 from safetensors.torch import load_file, save_file
 
@@ -663,3 +664,21 @@ def test_leading_directions_are_those_of_lapack(side: int) -> None:
     delta[0, 0] = np.nan
     with pytest.raises(InputError, match="not finite"):
         leading(delta, 6, (1, 2))
+
+
+def test_adapters_are_merged_over_the_base_that_is_given(tmp_path: Path, capsys, monkeypatch) -> None:
+    """`merge one two --base base` is `merge base+one base+two --base base`, with shorter names."""
+    tiny_llama(tmp_path / "base", seed=0, tokenizer=True)
+    for seed, name in enumerate(("one", "two")):
+        write_adapter(tmp_path / name, seed)
+    monkeypatch.chdir(tmp_path)
+    for out, models in (("made", ("one", "two")), ("same", ("base+./one", "base+./two"))):
+        code, _, err = call(capsys, "merge", *models, "--base", "base", "--out", out)
+        assert code == 0, err
+    recipe = yaml.safe_load((tmp_path / "made.yaml").read_text())
+    assert [(one["model"], one["name"]) for one in recipe["models"]] == [
+        ("./base+./one", "one"),
+        ("./base+./two", "two"),
+    ]
+    made, same = (load_tensors(tmp_path / out) for out in ("made", "same"))
+    assert all(torch.equal(tensor, same[name]) for name, tensor in made.items())
