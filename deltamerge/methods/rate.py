@@ -43,6 +43,7 @@ TORCH = 170_000_000  # of torch, beside the compiled loops
 LONGEST = 2.0
 MOST_LEARNED = 1 << 24  # bytes of an artifact whose codes are learned; at more they lose little
 LEARNING_ROWS = 8  # of a step that learns codes
+LEARNED = {257: 0.15}  # distortion that learned codes count for: learning wins back most of what one bit loses
 STEPS_A_ROW, LEAST_STEPS, MOST_STEPS = 6, 300, 1200
 LOOKS = 2  # passes of the fine-tune, and over the rows that decide, together
 UNLISTED = 2.0  # weight, times the density, of the loss by unlisted entries: they have the listed ones' directions
@@ -112,6 +113,7 @@ class Curve:
     energy   the loss if nothing is stored
     counts   the number of entries with squares of each bin, the largest first
     squares  their weighed sums
+    learned  whether the codes of its factors will be learned
     """
 
     m: int
@@ -120,6 +122,7 @@ class Curve:
     energy: float
     counts: Floats
     squares: Floats
+    learned: bool = False
 
     def choice(self, price: float) -> Choice:
         """Return the choice of least distortion + price · bytes."""
@@ -147,16 +150,20 @@ class Curve:
 
     def _factors(self, price: float) -> Choice:
         best, which = np.zeros_like(self.gains), np.zeros(self.gains.size, np.int64)
-        nbytes = np.zeros_like(self.gains)
+        nbytes, kept = np.zeros_like(self.gains), np.zeros_like(self.gains)
         for levels in FACTOR_LEVELS:
             each = packed_bytes(self.m, levels) + packed_bytes(self.n, levels) + 1
-            gain = self.gains * (1 - distortion(levels)) ** 2
+            lost = LEARNED.get(levels, distortion(levels)) if self.learned else distortion(levels)
+            gain = self.gains * (1 - lost) ** 2
             better = gain - price * each > best - price * nbytes
             best, nbytes = np.where(better, gain, best), np.where(better, each, nbytes)
+            kept = np.where(better, self.gains * (1 - distortion(levels)) ** 2, kept)
             which[better] = levels
         if not which.any():
             return Choice(0.0, self.energy)
-        return Choice(float(nbytes.sum()) + OVERHEAD, self.energy - float(best.sum()), components=tuple(which.tolist()))
+        components, whole = tuple(which.tolist()), float(kept.sum())
+        penalty = whole - float(best.sum())
+        return Choice(float(nbytes.sum()) + OVERHEAD, self.energy - whole, components=components, penalty=penalty)
 
     def _listed(self) -> Iterator[Choice]:
         size = self.m * self.n
@@ -190,7 +197,7 @@ class Choice:
 
     components  the levels of each component, 0: it is left out
     entries     levels, and the number of the largest entries that have them; None: all
-    penalty     counts with the loss
+    penalty     counts with the loss; below 0: what learning wins back
     """
 
     nbytes: float

@@ -244,8 +244,13 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
                     values, summary = write(fitting)
                 return values, summary, fitting
 
-            values, summary, fitting = fit(nbytes - SPARE * sharing.learns)
+            if not sharing.learns or kept is None:
+                values, summary, _ = fit(nbytes)
             if sharing.learns:
+                if kept is None:
+                    sharing.plain = sharing.parts_in(job.work.folder)
+                sharing.expect_learning(learned=True)
+                values, summary, fitting = fit(nbytes - SPARE)
                 if kept is None:
                     sharing.learn(job.work.folder)
                 else:

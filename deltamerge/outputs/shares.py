@@ -2,8 +2,9 @@
 
 Deltas are computed twice. The first time each is factored and counted; its factors wait in the spool of the work
 folder, where a crash leaves them. The second time its parts are made for the artifact. If the artifact has too many
-bytes, or far too few, the second pass is repeated with the measured sizes. With rows the codes of the factors are then
-learned.
+bytes, or far too few, the second pass is repeated with the measured sizes. With rows an artifact is made whose codes
+are to be learned: it has more components, in fewer bits. It is taken if it is then nearer to the fine-tune than the
+first one.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -27,7 +29,7 @@ from deltamerge.errors.shown import human
 from deltamerge.files.descriptors import writing
 from deltamerge.formats.delta import trellis
 from deltamerge.formats.delta.manifest import parts_bytes
-from deltamerge.formats.delta.parts import EntriesPart, Part, matrix_shape, sum_of
+from deltamerge.formats.delta.parts import EntriesPart, Part, PartSum, matrix_shape, sum_of
 from deltamerge.formats.delta.tensor_writer import Spool, is_related
 from deltamerge.formats.delta.writer import Summary
 from deltamerge.methods.low_rank import Factors, Wanted, factor
@@ -57,7 +59,7 @@ from deltamerge.tensors.tensor import Node
 from deltamerge.tensors.views import floats
 
 if TYPE_CHECKING:
-    from deltamerge.calibrate.q.codes import LearnedCodes
+    from deltamerge.calibrate.q.codes import Codes, LearnedCodes
 
 NEAR, TRIES = 0.99, 5
 SPARE = 200  # bytes that records of learned codes may take more, compressed
@@ -160,6 +162,7 @@ class ByteShares:
     choices: dict[str, Choice] = field(default_factory=dict)
     made: dict[str, TensorShare] = field(default_factory=dict)
     learned: LearnedCodes | None = None
+    plain: Mapping[str, PartSum] = field(default_factory=dict)
     restored: dict[str, tuple[list[Part], Array]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -240,30 +243,44 @@ class ByteShares:
         """Whether learned codes are nearer to the fine-tune."""
         return self.learned is not None and self.learned.after < self.learned.before
 
+    @cached_property
+    def layers(self) -> frozenset[str]:
+        """The layers whose codes are learned, by the fine-tune's names."""
+        return frozenset(name for name in self.planned.measured[0].tensors.pairs if not TOKEN_HEAD.search(name))
+
+    def expect_learning(self, *, learned: bool) -> None:
+        """Share out bytes for codes that are learned, or that stay as they are."""
+        for name, one in self.tensors.items():
+            self.curves[name] = replace(self.curves[name], learned=learned and one.tune.name in self.layers)
+
     def stop_learning(self) -> None:
         """Take the codes that are best without rows."""
+        self.expect_learning(learned=False)
         self.restored = {}
         self.learned = None if self.learned is None or self.has_learned else replace(self.learned, factors={})
 
     def learn(self, folder: Path) -> None:
-        """Learn the codes of the factors of layers of the artifact in `folder`, on the rows."""
+        """Learn the codes of the layers of the artifact in `folder`, on the rows, and compare it with `plain`."""
         from deltamerge.calibrate.q.codes import learn_codes
 
+        with Reader() as reader:
+            start, plain = (self._codes(sums, reader) for sums in (self.parts_in(folder), self.plain))
+            if start.factors:
+                self.learned = learn_codes(self.planned.measured[0], start, plain)
+
+    def parts_in(self, folder: Path) -> dict[str, PartSum]:
+        """Return the parts of the artifact in `folder`, by the fine-tune's names."""
         entries = DeltaFile.open(folder).entries
-        stored = {one.tune.name: one for one in self.tensors.values()}
-        sums = {
+        return {
             one.tune.name: sum_of(entries[name].record.parts, entries[name].values, *self.shapes[name])
             for name, one in self.tensors.items()
         }
-        measured = self.planned.measured[0]
-        layers = measured.tensors.pairs
-        start = {
-            name: made.factors
-            for name, made in sums.items()
-            if made.factors and name in layers and not TOKEN_HEAD.search(name)
-        }
-        if not start:
-            return
+
+    def _codes(self, sums: Mapping[str, PartSum], reader: Reader) -> Codes:
+        """Return an artifact's factors of layers, and the function that makes its other tensors."""
+        from deltamerge.calibrate.q.codes import Codes
+
+        stored = {one.tune.name: one for one in self.tensors.values()}
 
         def fixed(name: str) -> Any:
             if (one := stored.get(name)) is None:
@@ -271,8 +288,7 @@ class ByteShares:
             values = floats(reader, one.base, 0, one.size) + sums[name].values(0, one.size)
             return torch.from_numpy(np.asarray(values, np.float32)).reshape(one.base.shape)
 
-        with Reader() as reader:
-            self.learned = learn_codes(measured, start, fixed)
+        return Codes({name: one.factors for name, one in sums.items() if one.factors and name in self.layers}, fixed)
 
     def restore(self, kept: LearnedArtifact) -> None:
         """Take over the parts of an artifact whose codes were learned. VerifyError: it is not of these tensors."""

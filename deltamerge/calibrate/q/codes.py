@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -53,8 +53,8 @@ DECIDING = 0.1  # share of the rows that decide
 class LearnedCodes:
     """Factors by the fine-tune's names, and the loss on the rows that decide, before and after.
 
-    The factors stay as they were if learning makes the loss no smaller. They also stay if the head's outputs are
-    numbers: such models lost score by it (docs/measurements/bytes.md).
+    Before is the loss of the best codes that are not learned. Learned codes that lose no less are not taken. Nothing is
+    learned if the head's outputs are numbers: such models lost score by it (docs/measurements/bytes.md).
     """
 
     factors: Mapping[str, Factored]
@@ -62,73 +62,50 @@ class LearnedCodes:
     after: float
 
 
-def learn_codes(
-    measured: InputMeasurement, start: Mapping[str, Factored], fixed: Callable[[str], Tensor | None]
-) -> LearnedCodes:
-    """Fit the factors of layers; `fixed` makes the model's other tensors, None: one is the fine-tune's own."""
+@dataclass(frozen=True)
+class Codes:
+    """The factors of an artifact's layers by the fine-tune's names, and its other tensors.
+
+    fixed   makes a tensor that has no factors; None: it is the fine-tune's own
+    """
+
+    factors: Mapping[str, Factored]
+    fixed: Callable[[str], Tensor | None]
+
+
+def learn_codes(measured: InputMeasurement, start: Codes, plain: Codes) -> LearnedCodes:
+    """Fit the factors of `start`. What they lose is compared with the loss of `plain`, which is the best artifact of
+    codes that are not learned."""
     source = measured.source
     passes = learning_passes(source.calibration.sequences)
     with calibrating(source.model, passes, LEARNING, device=source.device), Reader() as reader:
         subject = Subject(source, measured.tensors, reader)
-        found = _learned(subject, start, fixed)
+        found = _learned(subject, start, plain)
         subject.forget()
     return found
 
 
-def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[str], Tensor | None]) -> LearnedCodes:
-    model, device = subject.model, subject.device
-    dtype = torch.bfloat16 if model.precision == "bfloat16" else torch.float32
-    latents = {name: Latent(one, device) for name, one in start.items() if name not in model.lookups}
-    outside = {*model.parts[0]} if not model.whole else set[str]()
-
-    def still(name: str) -> Tensor:
-        """Return the tensor that is the same in each step."""
-        if name in latents:
-            return subject.start(name).to(dtype)
-        made = fixed(name)
-        made = subject.tune([name])[name] if made is None else made.to(device)
-        return made.to(torch.float32) if name in outside and made.is_floating_point() else made
-
-    def count(batches: Sequence[Mapping[str, Tensor]], times: int) -> None:
-        rows = sum(len(next(iter(batch.values()))) for batch in batches)
-        progress.here(progress.PASSES).step(times * rows / subject.source.calibration.sequences)
-
+def _learned(subject: Subject, start: Codes, plain: Codes) -> LearnedCodes:
     learned, deciding = _split(subject)
-    taken = LATENT * sum(one.nbytes for one in start.values()) // CODES + HELD_STATES * hidden(subject.source)
+    taken = LATENT * sum(one.nbytes for one in start.factors.values()) // CODES + HELD_STATES * hidden(subject.source)
     room = max(0, subject.source.cache - taken)
     batches, groups, held = _batches(subject, learned, room)
-    kept = Cache(lambda names: {name: still(name) for name in names}, 0, room - held)
     stop = subject.reads.batches(deciding, size=subject.size).inputs
     last = subject.distribution(stop, states=last_states)
     assert last.states is not None
 
-    layers = _layers(model, latents)
-
-    def weights(names: Sequence[str]) -> Mapping[str, Tensor]:
-        found = {name: kept(name) for name in names}
-        for name in found.keys() & (latents.keys() - layers.keys()):
-            found[name] = found[name] + latents[name].product().view(found[name].shape)
-        return found
-
-    def place() -> None:
-        for one in latents.values():
-            one.place(dtype)
-
-    def look(objective: Distribution | StateChange) -> float:
-        """Return what the codes lose on the rows that decide."""
-        place()
-        with torch.no_grad(), _added(layers, latents, dtype):
-            found = model.run(stop, [weights], objective.reduce)
-        count(stop, 1)
-        return objective.value(found[0])
-
-    before = look(last)
+    first = _Placed(subject, plain, 0)
+    before = first.lose(last, stop)
     if subject.is_regression:
-        return LearnedCodes(start, before, before)
-    change = look(last.states)
+        return LearnedCodes(start.factors, before, before)
+    change = first.lose(last.states, stop)
     last = replace(last, weight=STATES * before / change if change else 0.0)
     before += last.weight * change
 
+    del first
+
+    codes = _Placed(subject, start, room - held)
+    latents = codes.latents
     optimiser = torch.optim.Adam(
         [
             {"params": [side for one in latents.values() for side in (one.left, one.right)], "lr": CODE_RATE},
@@ -140,16 +117,16 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
     rates = torch.optim.lr_scheduler.LambdaLR(optimiser, partial(_rate, steps))
 
     def step(objective: Distribution, group: Sequence[int]) -> None:
-        place()
+        codes.place()
         size = sum(map(objective.count, group))
         for batch in group:
-            _descend(model, objective, batch, weights, size, held=held > 0)
+            _descend(subject.model, objective, batch, codes.weights, size, held=held > 0)
         for one in latents.values():
             one.pull()
         optimiser.step()
         optimiser.zero_grad()
         rates.step()
-        count([batches[batch] for batch in group], 3)
+        _count(subject, [batches[batch] for batch in group], 3)
 
     turns = math.ceil(steps / len(groups))
     variations, draw = _variations(subject, batches, turns), np.random.default_rng(subject.source.seed)
@@ -157,15 +134,69 @@ def _learned(subject: Subject, start: Mapping[str, Factored], fixed: Callable[[s
         if not turn or variations.substitutes:
             objective = replace(subject.distribution(variations.turn(turn), states=last_states), weight=last.weight)
         order = draw.permutation(len(groups))[: steps - turn * len(groups)]
-        with _added(layers, latents, dtype), float_attention(dtype, device):
+        with codes.added(), float_attention(codes.dtype, subject.device):
             for number in order:
                 step(objective, groups[number])
     for one in latents.values():
         one.settle()
-    after = look(last)
+    after = codes.lose(last, stop)
     if not after < before:
-        return LearnedCodes(start, before, before)
-    return LearnedCodes({**start, **{name: one.rounded() for name, one in latents.items()}}, before, after)
+        return LearnedCodes(start.factors, before, before)
+    factors = {**start.factors, **{name: one.rounded() for name, one in latents.items()}}
+    return LearnedCodes(factors, before, after)
+
+
+def _count(subject: Subject, batches: Sequence[Inputs], times: int) -> None:
+    rows = sum(len(next(iter(batch.values()))) for batch in batches)
+    progress.here(progress.PASSES).step(times * rows / subject.source.calibration.sequences)
+
+
+class _Placed:
+    """An artifact's codes on the base, in the model that runs them; `room` bytes of other weights are kept."""
+
+    def __init__(self, subject: Subject, codes: Codes, room: int) -> None:
+        self._subject, self._fixed = subject, codes.fixed
+        model = subject.model
+        self.dtype = torch.bfloat16 if model.precision == "bfloat16" else torch.float32
+        self.latents = {
+            name: Latent(one, subject.device) for name, one in codes.factors.items() if name not in model.lookups
+        }
+        self._outside = {*model.parts[0]} if not model.whole else set[str]()
+        self._kept = Cache(lambda names: {name: self._still(name) for name in names}, 0, room)
+        self._layers = _layers(model, self.latents)
+
+    def place(self) -> None:
+        """Make the factors of the numbers as they are now."""
+        for one in self.latents.values():
+            one.place(self.dtype)
+
+    def added(self) -> AbstractContextManager[None]:
+        """Add the products of the placed factors to the outputs of their layers."""
+        return _added(self._layers, self.latents, self.dtype)
+
+    def weights(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+        """Return weights without the products that are added."""
+        found = {name: self._kept(name) for name in names}
+        for name in found.keys() & (self.latents.keys() - self._layers.keys()):
+            found[name] = found[name] + self.latents[name].product().view(found[name].shape)
+        return found
+
+    def lose(self, objective: Distribution | StateChange, batches: Sequence[Inputs]) -> float:
+        """Return what the codes lose on batches."""
+        self.place()
+        with torch.no_grad(), self.added():
+            found = self._subject.model.run(batches, [self.weights], objective.reduce)
+        _count(self._subject, batches, 1)
+        return objective.value(found[0])
+
+    def _still(self, name: str) -> Tensor:
+        """Return the tensor that is the same in each step."""
+        subject = self._subject
+        if name in self.latents:
+            return subject.start(name).to(self.dtype)
+        made = self._fixed(name)
+        made = subject.tune([name])[name] if made is None else made.to(subject.device)
+        return made.to(torch.float32) if name in self._outside and made.is_floating_point() else made
 
 
 def _split(subject: Subject) -> tuple[list[DataRow], list[DataRow]]:
