@@ -161,9 +161,13 @@ class Curve:
             which[better] = levels
         if not which.any():
             return Choice(0.0, self.energy)
-        components, whole = tuple(which.tolist()), float(kept.sum())
-        penalty = whole - float(best.sum())
-        return Choice(float(nbytes.sum()) + OVERHEAD, self.energy - whole, components=components, penalty=penalty)
+        won_back = float((best - kept).sum())
+        return Choice(
+            float(nbytes.sum()) + OVERHEAD,
+            self.energy - float(kept.sum()),
+            components=tuple(which.tolist()),
+            penalty=-won_back,
+        )
 
     def _listed(self) -> Iterator[Choice]:
         size = self.m * self.n

@@ -74,8 +74,7 @@ class Codes:
 
 
 def learn_codes(measured: InputMeasurement, start: Codes, plain: Codes) -> LearnedCodes:
-    """Fit the factors of `start`. What they lose is compared with the loss of `plain`, which is the best artifact of
-    codes that are not learned."""
+    """Fit the factors of `start`, and compare what they lose with `plain`, the best artifact without learning."""
     source = measured.source
     passes = learning_passes(source.calibration.sequences)
     with calibrating(source.model, passes, LEARNING, device=source.device), Reader() as reader:
@@ -101,7 +100,6 @@ def _learned(subject: Subject, start: Codes, plain: Codes) -> LearnedCodes:
     change = first.lose(last.states, stop)
     last = replace(last, weight=STATES * before / change if change else 0.0)
     before += last.weight * change
-
     del first
 
     codes = _Placed(subject, start, room - held)
