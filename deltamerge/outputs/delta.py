@@ -225,8 +225,8 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
                 with job.merging(planned) as progress:
                     return write_delta(planned, job.work.folder, progress, known, sharing=sharing)
 
-            def fit(most: int) -> tuple[dict[Node, Any], Summary, float]:
-                room = fitting = max(most / 2, most - HEADERS - rest)  # the rest may be less: a head that is the base's
+            def fit(most: int, room: float) -> tuple[dict[Node, Any], Summary, float]:
+                fitting = room
                 best, sizes = 0, list[int]()
                 for _ in range(TRIES):
                     values, summary = write(room)
@@ -244,13 +244,12 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
                     values, summary = write(fitting)
                 return values, summary, fitting
 
-            if not sharing.learns or kept is None:
-                values, summary, _ = fit(nbytes)
+            room = max(nbytes / 2, nbytes - HEADERS - rest)  # the rest may be less: a head that is the base's
+            values, summary, room = fit(nbytes, room)
             if sharing.learns:
-                if kept is None:
-                    sharing.plain = sharing.parts_in(job.work.folder)
+                sharing.plain = sharing.parts_in(job.work.folder)
                 sharing.expect_learning(learned=True)
-                values, summary, fitting = fit(nbytes - SPARE)
+                values, summary, fitting = fit(nbytes - SPARE, room - SPARE)
                 if kept is None:
                     sharing.learn(job.work.folder)
                 else:
@@ -259,7 +258,7 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
                     values, summary = write(fitting)
                 if not sharing.has_learned or summary.nbytes > nbytes:  # records of learned codes may take more
                     sharing.stop_learning()
-                    values, summary, _ = fit(nbytes)
+                    values, summary, _ = fit(nbytes, room)
         done = True
     except InputError:
         job.work.forget()
