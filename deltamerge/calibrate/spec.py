@@ -84,6 +84,7 @@ STEP_ROWS = 64  # rows of a step of learned scales
 COEFFICIENT_STEP = 32  # rows of each fine-tune in a step of coefficients
 FITTED_PASSES = 30  # over each fine-tune's rows, to fit coefficients
 VARIED_PASSES = 300  # the same where rows are varied; most fits end before
+VARIED_OPERATIONS = 5e14  # of these passes: about an hour of two cores. Where they take more, rows are not varied
 STATES_BYTES = 1 << 29  # of the hidden states, before every block, of the rows that go back together
 STOP_SHARE = 0.2  # share of the search rows that decide when learning stops
 CACHE_BYTES = 1 << 31  # bytes of cached masks; further masks are drawn again
@@ -268,7 +269,11 @@ class Spec:
     def varies(self) -> bool:
         """Tell whether data is varied to fit coefficients. The many factors of rows fit a classifier's few texts or
         pictures by heart."""
-        return self.scope == "row" and not self.source.tokens
+        if not self.coefficients or self.scope != "row" or self.source.tokens:
+            return False
+        apart, _ = products({tensor.name: tensor.shape for tensor in self.source.tensors})
+        tokens = self.source.calibration.sequences * self.source.calibration.length
+        return VARIED_PASSES * len(self.parts) * 2 * apart * tokens <= VARIED_OPERATIONS
 
     @property
     def _cases(self) -> tuple[tuple[float, float], ...]:

@@ -515,9 +515,13 @@ def test_the_data_of_classifiers_is_mixed_in_each_turn(classifiers: Path, monkey
     monkeypatch.setattr(MixedRows, "turn", lambda one, number: seen.append((one.seed, number)) or turn(one, number))
     for scope, passes in (("layer", 60), ("row", 600)):
         plan = make_plan(recipe(classifiers, "mixed", "task_arithmetic", FITTED % scope, "lambda: 0.1"))
-        ((stage, _),) = plan.specs.items()
+        ((stage, spec),) = plan.specs.items()
         (described,) = plan.describe()["stages"]
         assert described["forward_passes"] == passes
+        long = dataclasses.replace(
+            spec.source, calibration=spec.source.calibration.model_copy(update={"length": 10**9})
+        )
+        assert dataclasses.replace(spec, source=long).passes == 60  # which would take too long
         record = shared_values([stage], {})[stage].record
         turns = len(record["path"]) - 1
         wanted = [((0, model), number) for number in range(1, turns) for model in range(2)] if scope == "row" else []

@@ -284,8 +284,10 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     every = range(len(merge.subjects))
     size = _batch_rows(len(merge.subjects)) if merge.spec.runs_together else ALONE
 
+    varies = merge.spec.varies
+
     def rows_of(_: Subject, i: int) -> _Rows:
-        return _rows(merge.subjects[i], i, size, varied=merge.spec.varies)
+        return _rows(merge.subjects[i], i, size, varied=varies)
 
     tasks = list(in_turns(merge.places, every, rows_of))
     for subject in merge.subjects:  # the own weights of most have had their last turn
@@ -343,7 +345,7 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     turn = max(len(task.groups) for task in tasks)
     steps = max(1, _turns(merge, tasks)) * turn
     for step in range(1, steps + 1):
-        if merge.spec.varies and step > 1 and (step - 1) % turn == 0:
+        if varies and step > 1 and (step - 1) % turn == 0:
             tasks = list(in_turns(merge.places, every, partial(of_turn, (step - 1) // turn)))
         optimiser.zero_grad()
         if merge.spec.runs_together:
