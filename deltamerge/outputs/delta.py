@@ -247,11 +247,11 @@ def write_shares(planned: Plan, job: WriteJob) -> Weights:
             room = max(nbytes / 2, nbytes - HEADERS - rest)  # the rest may be less: a head that is the base's
             values, summary, room = fit(nbytes, room)
             if sharing.learns:
-                sharing.plain = sharing.parts_in(job.work.folder)
+                plain = sharing.parts_in(job.work.folder) if kept is None else {}
                 sharing.expect_learning(learned=True)
                 values, summary, fitting = fit(nbytes - SPARE, room - SPARE)
                 if kept is None:
-                    sharing.learn(job.work.folder)
+                    sharing.learn(job.work.folder, plain)
                 else:
                     sharing.restore(kept)
                 if sharing.has_learned:

@@ -162,7 +162,6 @@ class ByteShares:
     choices: dict[str, Choice] = field(default_factory=dict)
     made: dict[str, TensorShare] = field(default_factory=dict)
     learned: LearnedCodes | None = None
-    plain: Mapping[str, PartSum] = field(default_factory=dict)
     restored: dict[str, tuple[list[Part], Array]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -259,14 +258,14 @@ class ByteShares:
         self.restored = {}
         self.learned = None if self.learned is None or self.has_learned else replace(self.learned, factors={})
 
-    def learn(self, folder: Path) -> None:
-        """Learn the codes of the layers of the artifact in `folder`, on the rows, and compare it with `plain`."""
+    def learn(self, folder: Path, plain: Mapping[str, PartSum]) -> None:
+        """Learn the codes of the layers of the artifact in `folder`, and compare it with the parts of another."""
         from deltamerge.calibrate.q.codes import learn_codes
 
         with Reader() as reader:
-            start, plain = (self._codes(sums, reader) for sums in (self.parts_in(folder), self.plain))
+            start = self._codes(self.parts_in(folder), reader)
             if start.factors:
-                self.learned = learn_codes(self.planned.measured[0], start, plain)
+                self.learned = learn_codes(self.planned.measured[0], start, self._codes(plain, reader))
 
     def parts_in(self, folder: Path) -> dict[str, PartSum]:
         """Return the parts of the artifact in `folder`, by the fine-tune's names."""

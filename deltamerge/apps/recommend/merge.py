@@ -561,7 +561,7 @@ def _classes(task: ScoredTask) -> int | None:
 
 
 def unchanged(names: Sequence[str], conflict: Conflict) -> list[str]:
-    """Return a message for every model whose delta is 0."""
+    """Name the models that equal the base, each in a message."""
     still = [name for name, norm in zip(names, conflict.relative_norm, strict=True) if norm == 0]
     return [f"{name} has the weights of the base: it adds nothing to the merge" for name in still]
 
