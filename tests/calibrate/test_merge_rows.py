@@ -477,25 +477,29 @@ def test_states_that_heads_read_count_as_much_as_outputs(encoders: Path) -> None
     assert got["path"][0][2] == pytest.approx(float(np.mean(wanted)), rel=1e-3)
 
 
-def test_texts_are_mixed_with_others_of_their_batch() -> None:
-    """Padding and special tokens stay; others become tokens of the batch in a quarter of all cases; turns repeat."""
+def test_texts_are_mixed_with_others_of_their_batch_and_any_words() -> None:
+    """Padding and special tokens stay. In an eighth of all cases each, others become tokens of the batch and of the
+    vocabulary. Turns repeat."""
     ids = torch.tensor([[2, 11, 12, 13, 3], [2, 21, 22, 3, 0]])
     batch = {"input_ids": ids, "attention_mask": (ids > 0).long(), "token_type_ids": torch.zeros_like(ids)}
-    mixed = MixedRows([batch], torch.tensor([2, 3]), (7, 1))
-    turns = torch.stack([mixed.turn(number)[0]["input_ids"] for number in range(400)])
+    special, words = torch.tensor([2, 3]), torch.tensor([31, 32])
+    mixed = MixedRows([batch], special, words, (7, 1))
+    turns = torch.stack([mixed.turn(number)[0]["input_ids"] for number in range(800)])
     changes = (turns != ids).float().mean(0)
     may = ids > 10
     assert (changes[~may] == 0).all()
-    assert {*turns[:, may].flatten().tolist()} == {11, 12, 13, 21, 22}
-    assert ((changes[may] - 0.25 * 4 / 5).abs() < 0.1).all()  # one of five is the token itself
+    assert {*turns[:, may].flatten().tolist()} == {11, 12, 13, 21, 22, 31, 32}
+    assert ((changes[may] - 0.125 * (1 + 4 / 5)).abs() < 0.1).all()  # one of five is the token itself
+    assert abs(torch.isin(turns[:, may], words).float().mean() - 0.125) < 0.03
     assert torch.equal(mixed.turn(3)[0]["input_ids"], turns[3])
-    assert not torch.equal(MixedRows([batch], torch.tensor([2, 3]), (7, 2)).turn(3)[0]["input_ids"], turns[3])
+    assert not torch.equal(MixedRows([batch], special, words, (7, 2)).turn(3)[0]["input_ids"], turns[3])
 
 
 def test_pictures_are_mixed_and_mirrored() -> None:
     """(1 - s) x + s y in float64, y another of the batch, s at most a half, and half of them from right to left."""
     pictures = torch.randn(6, 3, 4, 5, generator=torch.Generator().manual_seed(0))
-    mixed, patches = MixedRows([{"pixel_values": pictures}], torch.empty(0), (7,)), {"pixel_values": pictures[0]}
+    none, patches = torch.empty(0), {"pixel_values": pictures[0]}
+    mixed = MixedRows([{"pixel_values": pictures}], none, none, (7,))
     x, mirrored = pictures.double().numpy(), list[bool]()
     for number in range(20):
         draw = np.random.default_rng((7, number))
@@ -505,7 +509,7 @@ def test_pictures_are_mixed_and_mirrored() -> None:
         (found,) = mixed.turn(number)
         np.testing.assert_allclose(found["pixel_values"], np.where(flips, wanted[..., ::-1], wanted), atol=1e-6)
     assert 40 < sum(mirrored) < 80
-    assert MixedRows([patches], torch.empty(0), (7,)).turn(1) == [patches]
+    assert MixedRows([patches], none, none, (7,)).turn(1) == [patches]
 
 
 def test_the_data_of_classifiers_is_mixed_in_each_turn(classifiers: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -513,7 +517,7 @@ def test_the_data_of_classifiers_is_mixed_in_each_turn(classifiers: Path, monkey
     seen: list[tuple[tuple[int, ...], int]] = []
     turn = MixedRows.turn
     monkeypatch.setattr(MixedRows, "turn", lambda one, number: seen.append((one.seed, number)) or turn(one, number))
-    for scope, passes in (("layer", 60), ("row", 600)):
+    for scope, passes in (("layer", 60), ("row", 300)):
         plan = make_plan(recipe(classifiers, "mixed", "task_arithmetic", FITTED % scope, "lambda: 0.1"))
         ((stage, spec),) = plan.specs.items()
         (described,) = plan.describe()["stages"]

@@ -55,8 +55,8 @@ if TYPE_CHECKING:
 
 Coefficients = Mapping[str, "Tensor"]
 """By the tensor's name in the output (K) or (K, …) of rows: a factor of each of its K deltas."""
-RATE = 0.1  # of Adam, at the first step; it falls to 0 in a line
-PATIENCE = 5  # looks in a row that are no better, after which a fit ends
+RATE, VARIED_RATE = 0.1, 0.05  # of Adam, at the first step; it falls to 0 in a line
+PATIENCE = 5  # looks in a row that are no better, after which a fit ends; where rows are varied it goes on
 TOGETHER, ALONE = 32, 16  # rows of a batch: of all fine-tunes, of one
 JUDGED = 4  # passes over held-out rows: the fine-tune, the base, the recipe's own and the fitted coefficients
 SMALLEST = 1e-9  # distance of the base from a fine-tune that is not divided by
@@ -191,7 +191,9 @@ def _rows(subject: Subject, number: int, size: int, *, varied: bool) -> _Rows:
     from deltamerge.calibrate.q.variations import MixedRows
 
     batches, groups, stop = subject.steps(COEFFICIENT_STEP, size)
-    mixed = MixedRows(batches, subject.reads.special, (subject.source.seed, number)) if varied else None
+    mixed = None
+    if varied:
+        mixed = MixedRows(batches, subject.reads.special, subject.reads.words, (subject.source.seed, number))
     return _Rows(_distribution(subject, batches), groups, _distribution(subject, stop), mixed)
 
 
@@ -275,7 +277,7 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     look.
 
     A look comes before the first step and after every turn through the rows.
-    PATIENCE of them in a row that are no better end it.
+    PATIENCE of them in a row that are no better end it, but not where rows are varied.
     """
     from deltamerge.calibrate.model.candidates import Shared
     from deltamerge.calibrate.model.devices import add_gradients, in_turns, shares
@@ -294,7 +296,8 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
         subject.tensors.ahead.forget()
     tasks, scales = _scaled(merge, tasks)
     leaves, named = _leaves(merge.spec.scope, start)
-    optimiser = torch.optim.Adam(leaves, lr=RATE)
+    rate = VARIED_RATE if varies else RATE
+    optimiser = torch.optim.Adam(leaves, lr=rate)
 
     def of_name() -> dict[str, Tensor]:
         return named(leaves)
@@ -359,14 +362,14 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
         else:
             add_gradients(leaves, merge.places, every, partial(descend_task, step, None))
         for group_ in optimiser.param_groups:
-            group_["lr"] = RATE * (1.0 - (step - 1) / steps)
+            group_["lr"] = rate * (1.0 - (step - 1) / steps)
         optimiser.step()
         if step % turn == 0:
             path.append((step, look()))
             best = min(path, key=lambda point: (point[1], -point[0]))[0]
             if step == best:
                 kept = {name: value.detach().clone() for name, value in of_name().items()}
-            elif step >= best + PATIENCE * turn:
+            elif not varies and step >= best + PATIENCE * turn:
                 break
     return {name: value.cpu() for name, value in kept.items()}, path
 

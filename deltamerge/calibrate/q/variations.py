@@ -3,8 +3,8 @@
 A variation's target is the fine-tune's output for it, so it needs no label. Of a language model's row some tokens are
 replaced by others that the fine-tune finds likely there. A substitute is drawn from its distribution of the next token
 at the place before, in the row as it was given. Prompts are varied, or whole texts. Completions and special tokens
-stay. A classifier's rows are mixed with others of their batch: tokens are replaced by theirs, and a picture gets up to
-half of another. Half of the pictures are mirrored.
+stay. A classifier's rows are mixed with others of their batch: tokens are replaced by theirs or by any others, and a
+picture gets up to half of another. Half of the pictures are mirrored.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from deltamerge.calibrate.model.passes import COMPARED, BlockOutput, Inputs, Wei
 
 MOST = 0.6  # the largest chance of a token to be replaced; each row of a variation has a chance of its own
 PIXELS = "pixel_values"
-MIXED = 0.5  # the largest share of another picture, and chance of a token to be another text's
+MIXED = 0.5  # the largest share of another picture, and chance of a token to be replaced
+ANY = 0.5  # share of replaced tokens that become any of the vocabulary, not another text's
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,12 @@ class MixedRows:
     """Batches of texts or pictures (B, C, H, W), each to be mixed with others of its batch.
 
     special   token ids that stay
+    words     the others of the vocabulary
     """
 
     batches: Sequence[Inputs]
     special: Tensor
+    words: Tensor
     seed: tuple[int, ...]
 
     def turn(self, number: int) -> Sequence[Inputs]:
@@ -116,7 +119,9 @@ class MixedRows:
         mixed, varies = ids.clone(), real & ~torch.isin(ids, self.special)
         others, chance = ids[varies], MIXED * draw.random((len(ids), 1))
         taken = varies & torch.from_numpy(draw.random(tuple(ids.shape)) < chance)
-        mixed[taken] = others[torch.from_numpy(draw.integers(max(1, len(others)), size=int(taken.sum())))]
+        count = int(taken.sum())
+        found = [some[torch.from_numpy(draw.integers(max(1, len(some)), size=count))] for some in (others, self.words)]
+        mixed[taken] = torch.where(torch.from_numpy(draw.random(count) < ANY), found[1], found[0])
         return mixed
 
     def _pictures(self, pictures: Tensor, draw: np.random.Generator) -> Tensor:

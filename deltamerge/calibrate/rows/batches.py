@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,8 @@ from deltamerge.calibrate.model.passes import COMPARED
 from deltamerge.calibrate.model.transformers_code import has_decoder_inputs, reason, running
 from deltamerge.calibrate.rows import POSITIONS, DataRow, check_length, class_labels
 from deltamerge.errors import InputError
+
+RESERVED = re.compile(r"\[.*\]|<.*>")  # a token that no text has, whether the tokenizer calls it special or not
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +70,16 @@ class RowReader:
         tokenizer = self.tokenizer
         ids = set() if tokenizer is None else {*tokenizer.all_special_ids, *tokenizer.get_added_vocab().values()}
         return torch.tensor(sorted(ids), dtype=torch.int64)
+
+    @cached_property
+    def words(self) -> Tensor:
+        """Return the ids of tokens that texts have (int64), so none that is special, added or reserved; none for
+        pictures."""
+        if self.tokenizer is None:
+            return self.special
+        known = self.config.get_text_config().vocab_size
+        found = {i for token, i in self.tokenizer.get_vocab().items() if i < known and not RESERVED.fullmatch(token)}
+        return torch.tensor(sorted(found - {*self.special.tolist()}), dtype=torch.int64)
 
     def batches(self, rows: Sequence[DataRow], *, size: int = 32, labelled: bool = False) -> Batches:
         """Return batches of `size` rows; with `labelled`, labels in the form of the head. InputError: they do not fit
