@@ -25,7 +25,10 @@ METRICS = ("accuracy", "matthews_correlation", "f1", "accuracy_f1", "pearson_spe
 @click.command("eval")
 @click.argument("models", type=MODEL, nargs=-1, required=True)
 @click.option(
-    "--calibration", type=FILE, metavar="FILE", help="Labelled rows: .jsonl, .csv, pictures, or a hub data set."
+    "--calibration",
+    type=FILE,
+    metavar="FILE",
+    help="Labelled rows: .jsonl, .csv, .parquet, pictures, or a hub data set.",
 )
 @click.option(
     "--recipe", type=RECIPE, help="Take the rows of each fine-tune from this recipe, and score them with its head."

@@ -160,7 +160,7 @@ TRACK = click.option(
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object to stdout.")
 AS_CSV = click.option("--csv", "as_csv", is_flag=True, help="Print the table to stdout as CSV, with all digits.")
 BASE = click.option("--base", required=True, type=MODEL, help="The model that MODEL was fine-tuned from.")
-ROWS = "Rows of text: a .jsonl, .csv or .txt file, or a hub data set"
+ROWS = "Rows of text: a .jsonl, .csv, .txt or .parquet file, or a hub data set"
 ROWS_OF_ONE = click.option("--calibration", type=FILE, metavar="FILE", help=f"{ROWS}.")
 ROWS_OF_EACH = click.option(
     "--calibration", type=FILE, multiple=True, metavar="FILE",

@@ -320,8 +320,8 @@ def init(
 @click.option("--out", type=FOLDER, help="Folder to make; the recipe is written beside it, as OUT.yaml.")
 @click.option(
     "--rows", type=click.Path(path_type=Path), metavar="DIR",
-    help="Rows of each model: DIR/NAME.jsonl (.csv, .txt), NAME the last part of its path; or one file for all. "
-    "A row has a text, or of a language model a prompt and its completion.",
+    help="Rows of each model: DIR/NAME.jsonl (.csv, .txt, .parquet), NAME the last part of its path; or one file for "
+    "all. A row has a text, or of a language model a prompt and its completion, or messages.",
 )  # fmt: skip
 @about_rows(100, "Number of rows to use. Of a file without many others, a third of them decides.")
 @click.option("--no-fit", is_flag=True, help="Do not fit coefficients, the slowest step.")

@@ -265,7 +265,8 @@ SHOWN = 8
 @click.argument("recipe", type=RECIPE)
 @click.option(
     "--rows", type=click.Path(path_type=Path), metavar="DIR",
-    help="Rows of each model: DIR/NAME.jsonl (.csv, .txt), or one file for all. Default: the recipe's calibration.",
+    help="Rows of each model: DIR/NAME.jsonl (.csv, .txt, .parquet), or one file for all. Default: the "
+    "recipe's calibration.",
 )  # fmt: skip
 @ABOUT_ROWS
 @click.option("--of", "skill", metavar="NAME", help="Model whose skill to explain. Default: the model that loses most.")

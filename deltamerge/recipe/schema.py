@@ -214,15 +214,15 @@ class Calibration(Keys):
 
     data: Text = Field(
         "",
-        description=".jsonl, .csv, .txt or a folder of pictures relative to the recipe, or a hub data set, org/name or "
-        "org/name@revision. A model's own data wins.",
+        description=".jsonl, .csv, .txt, .parquet or a folder of pictures relative to the recipe, or a hub data "
+        "set, org/name or org/name@revision. A model's own data wins.",
     )
     config: Text | None = Field(None, description="Of a hub data set: its configuration.")
     split: Text | None = Field(
         None, description="Of a hub data set: the split to read, from its start. Default: train."
     )
     text: Columns = Field(
-        "text", description="Field of the text; two for pairs. Or rows have `prompt` and `completion`."
+        "text", description="Field of the text; two for pairs. Or rows have `prompt` and `completion`, or `messages`."
     )
     label: Text = Field("label", description="Field of the label, for the validation objective.")
     task: Literal["text-classification", "text-generation", "image-classification", "causal-lm"] | None = Field(

@@ -21,6 +21,7 @@ from deltamerge.calibrate.q.objectives import Distribution, OutputChange, SameAn
 from deltamerge.calibrate.q.variations import Variations
 from deltamerge.calibrate.rows import DataRow
 from deltamerge.calibrate.rows.batches import RowReader, config_of, said
+from deltamerge.calibrate.rows.chats import Chat
 from deltamerge.errors import InputError
 
 ROWS = [
@@ -60,10 +61,14 @@ def test_rows_are_read_as_trl_names_them(tmp_path: Path) -> None:
     ("record", "message"),
     [
         ({"prompt": "w5"}, "row 1: no field 'text'"),
-        (
-            {"prompt": [{"role": "user", "content": "w5"}], "completion": "w6"},
-            "row 1: prompt and completion need to be",
-        ),
+        ({"prompt": [{"role": "user", "content": "w5"}], "completion": "w6"}, "row 1: prompt and completion need"),
+        ({"messages": []}, "row 1: no message asks for an answer"),
+        ({"messages": [{"role": "assistant", "content": "w5"}]}, "row 1: no message asks for an answer"),
+        ({"messages": [{"from": "human", "value": "w5"}]}, "row 1: message 1 has no role and content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "row 1: message 1 has no role and content"),
+        ({"messages": [{"role": "user", "content": "w5", "tool_calls": [1]}]}, "row 1: message 1 has 'tool_calls'"),
+        ({"messages": [{"role": "user", "content": "w5"}], "tools": [1]}, "row 1: a chat with tools"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "row 1: half a surrogate pair"),
         ({"prompt": "w5", "completion": "\ud800"}, "row 1: half a surrogate pair"),
     ],
 )
@@ -129,17 +134,96 @@ def test_objectives_are_of_completions_alone(folder: Path, tmp_path: Path, kind:
     assert objective.value(parts) == pytest.approx(reference, rel=2e-4)
 
 
-def test_a_classifier_has_no_completions(tmp_path: Path) -> None:
+def test_chats_are_read_in_the_forms_of_trl(tmp_path: Path) -> None:
+    """Messages; a prompt and a completion of messages; or a field that calibration.text names."""
+    asks, answer = [message("system", "w1"), message("user", "w5")], message("assistant", "w6")
+    chat = Chat((("system", "w1"), ("user", "w5")))
+    records: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"messages": [*asks, answer]}, {}),
+        ({"prompt": asks, "completion": [answer]}, {}),
+        ({"talk": [*asks, {**answer, "tool_calls": None}]}, {"text": "talk"}),
+    ]
+    for record, options in records:
+        assert read(tmp_path, record, **options) == [DataRow(chat, None, 1, "w6")]
+        assert read(tmp_path, record, label="label", **options) == [DataRow(chat, "w6", 1, "w6")]
+    assert read(tmp_path, {"messages": asks, "label": 3}, label="label") == [DataRow(chat, 3, 1)]
+
+
+TEMPLATE = (
+    "{% for one in messages %}{{ {'user': 'w52', 'assistant': 'w53'}[one.role] }} {{ one.content }} w54 {% endfor %}"
+    "{% if add_generation_prompt %}w53{% endif %}"
+)
+
+
+@pytest.mark.parametrize("begins", [False, True])
+def test_chats_are_texts_as_the_template_writes_them(folder: Path, tmp_path: Path, begins: bool) -> None:
+    """Batches equal those of the texts. A mark of the beginning stands once, also where the template writes one."""
+    from tokenizers.processors import TemplateProcessing
+
+    reader = RowReader(folder / "a", config_of(folder / "a"), task="causal-lm", length=32)
+    reader.tokenizer.chat_template = TEMPLATE
+    if begins:
+        reader.tokenizer.bos_token = "w50"
+        ids = [("w50", reader.tokenizer.convert_tokens_to_ids("w50"))]
+        reader.tokenizer.backend_tokenizer.post_processor = TemplateProcessing("w50 $A", special_tokens=ids)
+        reader.tokenizer.chat_template = "w50" + TEMPLATE
+    asks = [message("user", "w5 w6"), message("assistant", "w7"), message("user", "w8")]
+    chats = read(tmp_path, {"messages": [*asks, message("assistant", "w9 w10")]}, {"messages": asks})
+    asked = "w52 w5 w6 w54 w53 w7 w54 w52 w8 w54 "
+    texts = read(tmp_path, {"prompt": asked + "w53", "completion": " w9 w10 w54 "}, {"text": asked})
+    same(reader.batches(chats).inputs, reader.batches(texts).inputs)
+    same(reader.batches(chats[1:]).inputs, reader.batches(texts[1:]).inputs)
+    (prompts,) = reader.prompts(chats).inputs
+    assert reader.tokenizer.batch_decode(prompts["input_ids"]) == ["w50 " * begins + asked + "w53"] * 2
+    assert {len(ids) for ids in prompts["input_ids"]} == {11 + begins}
+    assert [str(row.content) for row in chats] == ["w8", "w8"]
+
+
+def message(role: str, content: str) -> dict[str, Any]:
+    return {"role": role, "content": content}
+
+
+def same(found: list[dict[str, torch.Tensor]], wanted: list[dict[str, torch.Tensor]]) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("template", "wrong"),
+    [
+        (None, "row 1: a chat, but the model's tokenizer has no chat template"),
+        (
+            "{{ raise_exception('no system role') }}",
+            "row 1: its chat template cannot take the messages.*no system role",
+        ),
+        ("{{ messages | length }}", "row 1: its chat template writes a chat otherwise once it is answered"),
+    ],
+)
+def test_templates_that_cannot_write_a_chat(folder: Path, tmp_path: Path, template: str | None, wrong: str) -> None:
+    reader = RowReader(folder / "a", config_of(folder / "a"), task="causal-lm", length=32)
+    reader.tokenizer.chat_template = template
+    with pytest.raises(InputError, match=wrong):
+        reader.batches(read(tmp_path, {"messages": [message("user", "w5"), message("assistant", "w6")]}))
+
+
+@pytest.mark.parametrize(
+    ("record", "wrong"),
+    [
+        ({"prompt": "w5", "completion": " w9"}, "a prompt and its completion, for language models alone"),
+        ({"messages": [{"role": "user", "content": "w5"}]}, "a chat, for language models alone"),
+    ],
+)
+def test_a_classifier_has_no_completions(tmp_path: Path, record: dict[str, Any], wrong: str) -> None:
     tiny_bert_pair(tmp_path, dtype=torch.float32, sigma=0.05, tokenizer=True)
     shutil.copytree(tmp_path / "tuned", tmp_path / "a")
-    lines = [json.dumps({"prompt": f"w{i}", "completion": " w9"}) for i in range(5, 25)]
-    (tmp_path / "rows.jsonl").write_text("\n".join(lines) + "\n")
+    (tmp_path / "rows.jsonl").write_text((json.dumps(record) + "\n") * 20)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(
         "base_model: ./base\nmodels: [{model: ./a, prune: {method: magnitude, density: 0.5, q: output_change}}]\n"
         "calibration: {data: rows.jsonl, sequences: 6, length: 12}\n"
     )
-    with pytest.raises(InputError, match="a prompt and its completion, which are for language models"):
+    with pytest.raises(InputError, match=wrong):
         make_plan(recipe)
     text_rows(tmp_path / "rows.jsonl")
     assert make_plan(recipe)

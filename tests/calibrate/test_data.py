@@ -13,6 +13,7 @@ from tiny_models import image_processor
 
 from deltamerge.calibrate import rows
 from deltamerge.calibrate.rows import DataRow, split
+from deltamerge.calibrate.rows.chats import Chat
 from deltamerge.errors import InputError
 from deltamerge.recipe.schema import Calibration
 
@@ -40,6 +41,22 @@ def test_the_same_rows_from_every_kind_of_file(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.csv"):  # as spreadsheets and Windows write UTF-8
         (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + (tmp_path / name).read_bytes())
         assert rows.read(name, folder=tmp_path, label="label") == want
+
+
+def test_rows_of_parquet(tmp_path: Path) -> None:
+    """More than are read at once; chats among them. A file that is none is named."""
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    records = [{"text": f"t{i}", "messages": None} for i in range(2 * rows.READ_AT_ONCE)]
+    records.append({"text": None, "messages": chat})
+    parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "a.parquet")
+    found = rows.read("a.parquet", folder=tmp_path)
+    assert found[:-1] == [DataRow(f"t{i}", None, i + 1) for i in range(len(records) - 1)]
+    assert found[-1] == DataRow(Chat((("user", "a"),)), None, len(records), "b")
+    assert rows.count(tmp_path / "a.parquet", 10**6) == len(records)
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-9])
+    with pytest.raises(InputError, match=r"calibration data b\.parquet: not Parquet: "):
+        rows.read("b.parquet", folder=tmp_path)
 
 
 def test_pairs_and_pictures(tmp_path: Path) -> None:
@@ -76,7 +93,7 @@ GOOD = {"text": "a", "label": 1}
         ("a.jsonl", [GOOD, '{"text": \n'], {}, "row 2: not JSON", None),
         ("a.jsonl", ["[1]\n"], {}, "row 1: not a JSON object", None),
         ("a.jsonl", [], {}, "holds no rows", None),
-        ("a.json", [GOOD], {}, "is no .jsonl, .csv or .txt file", "a hub id"),
+        ("a.json", [GOOD], {}, "is no .jsonl, .csv, .txt or .parquet file", "a hub id"),
         ("a.jsonl", [GOOD], {"split": "test"}, "calibration.split is for hub data sets", None),
         ("a.jsonl", [GOOD], {"config": "en"}, "calibration.config is for hub data sets", None),
         ("a.jsonl", [GOOD], {"text": ["text", "other"]}, "row 1: no field 'other'", None),
@@ -220,6 +237,18 @@ def test_batches_of_texts(tmp_path: Path) -> None:
     assert ids == [[[7, 0, 0], [4, 5, 6]], [[4, 5, 6, 7]]]  # by length, cut at 4
     assert made.inputs[0]["attention_mask"].tolist() == [[1, 0, 0], [1, 1, 1]]
     assert [label.tolist() for label in made.labels] == [[0, 2], [1]]
+
+
+def test_words_are_the_tokens_that_texts_have(tmp_path: Path) -> None:
+    """Neither special tokens nor others in brackets, nor ids that the model has no embedding of; none for pictures."""
+    tokenizer(tmp_path / "texts", pad_token="[PAD]", sep_token="b")
+    for known, words in ((30522, [4, 6, 7]), (7, [4, 6])):
+        settings = {"vocab_size": known}
+        read = reader(tmp_path / "texts", "BertForSequenceClassification", "text-classification", **settings)
+        assert read.words.tolist() == words
+    pytest.importorskip("PIL.Image")
+    image_processor(tmp_path)
+    assert reader(tmp_path, "ViTForImageClassification", "image-classification").words.tolist() == []
 
 
 def test_rows_that_make_no_token(tmp_path: Path) -> None:

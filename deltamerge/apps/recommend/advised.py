@@ -112,7 +112,7 @@ def _refuse_other(recipe: Path, out: Path) -> None:
 
 
 def rows_in(folder: Path, models: Sequence[str], **keys: Any) -> list[dict[str, Any]]:
-    """Return the rows of each model, a file named as the last part of its path: math.jsonl, .csv or .txt.
+    """Return the rows of each model, a file named as the last part of its path: math.jsonl, .csv, .txt or .parquet.
 
     A file in the place of the folder holds rows for all. `keys` are more keys of a recipe's `calibration`; a file of
     fewer rows than `sequences` is used whole. InputError: a model has no file, or two.
@@ -148,7 +148,7 @@ def in_five_lines(made: AdvisedMerge) -> list[str]:
     doubt = (
         "no skill is expected to be lost"
         if told
-        else "not known: give --rows, of a language model prompt and completion"
+        else "not known: give --rows, of a language model prompt and completion, or messages"
     )
     helps = "; ".join(line.removeprefix("to save a skill: ").replace("--calibration", "--rows") for line in savers)
     why = "; ".join(line for line in advice.why if line != ROWS_CHOOSE)

@@ -1,4 +1,5 @@
-"""Rows of calibration data: .jsonl, .csv, .txt, a folder of pictures, a hub data set; search rows and held-out rows.
+"""Rows of calibration data: .jsonl, .csv, .txt, .parquet, a folder of pictures, a hub data set; which of them search,
+and which are held out.
 
 No torch: `check` reads them.
 """
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deltamerge.calibrate.model.transformers_code import check_family
+from deltamerge.calibrate.rows.chats import Chat, chat_of
 from deltamerge.calibrate.spec import HELD_OUT
 from deltamerge.errors import InputError, context
 from deltamerge.files.descriptors import input_error
@@ -35,13 +37,16 @@ HEADS: dict[str, tuple[str, ...]] = {
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
 MAX_BYTES = 1 << 30
 MAX_ENTRIES = 100_000  # files in a folder of pictures
-FILES = frozenset({".jsonl", ".csv", ".txt"})
-ANSWERED = ("prompt", "completion")  # fields, as TRL names them
+FILES = frozenset({".jsonl", ".csv", ".txt", ".parquet"})
+READ_AT_ONCE = 1000  # rows of a .parquet file
+ANSWERED = ("prompt", "completion")  # fields, as TRL names them: texts, or messages
+MESSAGES = "messages"  # field of a chat
 
 
 @dataclass(frozen=True, slots=True)
 class DataRow:
-    """One example: `content` is a text, a pair of texts, or a picture (path or PIL image); `number` counts from 1.
+    """One example: `content` is a text, a pair of texts, a chat, or a picture (path or PIL image); `number` counts from
+    1.
 
     `completion` is the text after `content` in a language model's row, and only it is compared. None: the whole text.
     """
@@ -64,11 +69,11 @@ def read(
 ) -> list[DataRow]:
     """Return the rows of `source`, in order.
 
-        source   a file .jsonl, .csv (with a header) or .txt (a text a line), or a folder of pictures, below `folder`;
-                 or a hub data set id, org/name or org/name@revision
+        source   a file .jsonl, .csv (with a header), .txt (a text a line) or .parquet, or a folder of pictures, below
+                 `folder`; or a hub data set id, org/name or org/name@revision
         folder   the recipe's
-        text     the field of the text or picture; two fields make sentence pairs. A row without `text` may have a
-                 `prompt` and its `completion`
+        text     the field of the text, chat or picture; two fields make sentence pairs. A row without `text` may have
+                 a `prompt` and its `completion`, or `messages`
         label    the field of the label; for pictures in folders, the folder's name
         config   of a hub data set
         split    of a hub data set
@@ -87,7 +92,7 @@ def read(
         elif path.is_file() and path.suffix in FILES:
             rows = [_row(n, fields, label, record, path.parent) for n, record in _records(path)]
         elif not of_hub:
-            wrong = "is no .jsonl, .csv or .txt file" if path.exists() else "no such file"
+            wrong = "is no .jsonl, .csv, .txt or .parquet file" if path.exists() else "no such file"
             raise InputError(wrong, hint=f"give a {', '.join(sorted(FILES))} file, a folder of pictures, or a hub id")
         else:
             found = read_hub(source, config=config, split=split or "train", limit=limit)
@@ -207,8 +212,13 @@ def _index(row: DataRow, names: Mapping[str, int], outputs: int) -> int:
 def _row(
     number: int, fields: Sequence[str], label: str | None, record: Mapping[str, Any], folder: Path | None
 ) -> DataRow:
-    if fields == ["text"] and record.get("text") is None and all(record.get(name) is not None for name in ANSWERED):
-        return _answered(number, label, record)
+    if fields == ["text"] and record.get("text") is None:
+        if all(record.get(name) is not None for name in ANSWERED):
+            return _answered(number, label, record)
+        if isinstance(record.get(MESSAGES), list):
+            return _chat(number, label, record, record[MESSAGES])
+    if len(fields) == 1 and isinstance(record.get(fields[0]), list):
+        return _chat(number, label, record, record[fields[0]])
     for name in [*fields, *([label] if label else [])]:
         if record.get(name) is None:
             raise InputError(
@@ -227,11 +237,23 @@ def _row(
 def _answered(number: int, label: str | None, record: Mapping[str, Any]) -> DataRow:
     """Return a row of a prompt and a completion. The completion is the label if the row has no other."""
     prompt, completion = (record[name] for name in ANSWERED)
+    if isinstance(prompt, list) and isinstance(completion, list):
+        return _chat(number, label, record, [*prompt, *completion])
     if not isinstance(prompt, str) or not isinstance(completion, str):
-        raise InputError(f"row {number}: prompt and completion need to be texts", hint="apply the chat template first")
+        raise InputError(f"row {number}: prompt and completion need to be two texts, or two lists of messages")
     told = record[label] if label and record.get(label) is not None else completion
     _check_text(number, prompt, completion, told)
     return DataRow(prompt, told if label else None, number, completion)
+
+
+def _chat(number: int, label: str | None, record: Mapping[str, Any], messages: Sequence[Any]) -> DataRow:
+    """Return a row of a chat. Its answer is the completion, and the label if the row has no other."""
+    if record.get("tools"):
+        raise InputError(f"row {number}: a chat with tools, which are not read", hint="take the row out")
+    chat, answer = chat_of(number, messages)
+    told = record[label] if label and record.get(label) is not None else answer
+    _check_text(number, *(text for message in chat.messages for text in message), answer, told)
+    return DataRow(chat, told if label else None, number, answer)
 
 
 def _check_text(number: int, *values: Any) -> None:
@@ -246,6 +268,9 @@ def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     try:
         if (size := path.stat().st_size) > MAX_BYTES:
             raise InputError(f"has {size:,} bytes, more than {MAX_BYTES:,}", hint="take some of its rows")
+        if path.suffix == ".parquet":
+            yield from enumerate(_parquet(path), 1)
+            return
         with path.open(encoding="utf-8-sig", newline="") as file:  # spreadsheets begin a CSV with a mark
             if path.suffix == ".csv":
                 yield from enumerate(csv.DictReader(file, strict=True), 1)
@@ -259,6 +284,20 @@ def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         raise InputError(f"not CSV: {error}") from None
     except OSError as error:
         raise input_error(error) from error
+
+
+def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        hint = "pip install 'deltamerge[data]', or give a .jsonl, .csv or .txt file"
+        raise InputError("reading Parquet needs the pyarrow package", hint=hint) from None
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(READ_AT_ONCE):
+                yield from batch.to_pylist()
+    except ArrowException as error:
+        raise InputError(f"not Parquet: {_line(error)}") from None
 
 
 def _object(number: int, line: str) -> Mapping[str, Any]:
@@ -380,9 +419,11 @@ def rows_of(
         limit=limit,
     )
     if task not in LANGUAGE:
-        if answered := next((row for row in found if row.completion is not None), None):
-            message = f"calibration data {calibration.data}: row {answered.number}: a prompt and its completion"
-            raise InputError(f"{message}, which are for language models", hint="set calibration.text")
+        for row in found:
+            if row.completion is not None or isinstance(row.content, Chat):
+                kind = "a chat" if isinstance(row.content, Chat) else "a prompt and its completion"
+                message = f"calibration data {calibration.data}: row {row.number}: {kind}, for language models alone"
+                raise InputError(message, hint="set calibration.text")
         if label is not None:
             class_labels(found, config)
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import Tensor
 from deltamerge.calibrate.model.passes import COMPARED
 from deltamerge.calibrate.model.transformers_code import has_decoder_inputs, reason, running
 from deltamerge.calibrate.rows import POSITIONS, DataRow, check_length, class_labels
+from deltamerge.calibrate.rows.chats import Chat, as_texts
 from deltamerge.errors import InputError
 
 RESERVED = re.compile(r"\[.*\]|<.*>")  # a token that no text has, whether the tokenizer calls it special or not
@@ -92,7 +93,7 @@ class RowReader:
             groups = _groups(rows, size)
             inputs = [self._pictures([_picture(row) for row in group]) for group in groups]
         else:
-            groups = _groups(self._by_length(rows), size)
+            groups = _groups(self._by_length([self._written(row) for row in rows]), size)
             inputs = [self._inputs(group) for group in groups]
         return Batches(inputs, self._labels(groups, inputs) if labelled else None)
 
@@ -107,13 +108,20 @@ class RowReader:
 
     def prompts(self, rows: Sequence[DataRow], *, size: int = 32) -> Batches:
         """Return left-padded prompts for generation, with the labels as reference answers."""
-        groups = _groups(self._by_length(rows), size)
+        groups = _groups(self._by_length([self._written(row, asks=True) for row in rows]), size)
         inputs = [self._encode([row.content for row in group], side="left") for group in groups]
         return Batches(inputs, None, [[str(row.label) for row in group] for group in groups])
 
     def decode(self, tokens: Tensor) -> list[str]:
         """Return the texts of generated tokens (B, T)."""
         return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
+
+    def _written(self, row: DataRow, *, asks: bool = False) -> DataRow:
+        """Return a row whose chat is written out; `asks`: up to where an answer begins."""
+        if not isinstance(row.content, Chat):
+            return row
+        prompt, answer = as_texts(row.number, row.content, row.completion, self.tokenizer, asks=asks)
+        return replace(row, content=prompt, completion=answer)
 
     def _content(self, row: DataRow) -> Any:
         if not isinstance(row.content, str | tuple):
