@@ -15,9 +15,11 @@ from typing import Any
 
 from deltamerge.apps.search.evaluate import LOSS, ScoredTask, measured, open_model
 from deltamerge.calibrate.rows import POSITIONS, DataRow, has_head, read
+from deltamerge.calibrate.rows.chats import Chat
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.errors import InputError
 from deltamerge.models.checkpoint import Checkpoint
+from deltamerge.models.tokenizer_files import tokenizer_config
 from deltamerge.recipe.schema import Calibration
 from deltamerge.run.options import choose_device
 from deltamerge.tensors.reader import Reader
@@ -163,9 +165,11 @@ def probe_models(models: Mapping[str, Checkpoint], *, rows: Path | str | None = 
 
 
 def _room(checkpoint: Checkpoint) -> int:
-    """Return the tokens of a text or prompt: `LENGTH`, or fewer where a model has few positions."""
-    places = [int(checkpoint.config[key]) for key in POSITIONS if isinstance(checkpoint.config.get(key), int)]
-    return max(1, min(LENGTH, *(place - NEW_TOKENS for place in places), LENGTH))
+    """Return the tokens of a text or prompt: `LENGTH`, or fewer where model or tokenizer bear few."""
+    rooms = [places - NEW_TOKENS for places in map(checkpoint.config.get, POSITIONS) if isinstance(places, int)]
+    if isinstance(longest := tokenizer_config(checkpoint.path).get("model_max_length"), int):
+        rooms.append(longest)
+    return max(1, min([LENGTH, *rooms]))
 
 
 def _rows(data: Path | str | None) -> tuple[list[DataRow], list[DataRow]]:
@@ -175,9 +179,9 @@ def _rows(data: Path | str | None) -> tuple[list[DataRow], list[DataRow]]:
     if data is None:
         return own, plain
     rows = read(str(data), folder=Path(), limit=100)[:100]
-    asked = [DataRow(row.content, None, row.number) for row in rows if row.completion is not None][: len(PROMPTS)]
-    texts = [row for row in rows if row.completion is None]
-    return asked or own, texts or plain
+    asked = [row for row in rows if row.completion is not None or isinstance(row.content, Chat)]
+    texts = [row for row in rows if row not in asked]
+    return [DataRow(row.content, None, row.number) for row in asked[: len(PROMPTS)]] or own, texts or plain
 
 
 def _answers(task: ScoredTask, prompts: Sequence[DataRow]) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,32 @@ def test_prompts_of_rows_are_asked(folder: Path) -> None:
     found = probe(str(folder / "a"), [], rows=folder / "prompts.jsonl", device="cpu")
     assert found.prompts == ("w5 w9", "w5 w9")
     assert found.texts == 8
+
+
+def test_chats_are_asked_by_the_models_own_template(folder: Path, tmp_path: Path) -> None:
+    """A chat is asked whether it is answered or not, as the text that the template writes."""
+    shutil.copytree(folder / "a", tmp_path / "a")
+    (tmp_path / "a/chat_template.jinja").write_text("{% for one in messages %}{{ one.content }} w8 {% endfor %}")
+    asks, texts = [{"role": "user", "content": "w5 w9"}], {"text": "w5 w9 w8 "}
+    answer = {"role": "assistant", "content": "w11"}
+    (tmp_path / "chats.jsonl").write_text(
+        json.dumps({"messages": asks}) + "\n" + json.dumps({"messages": [*asks, answer]})
+    )
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"prompt": texts["text"], "completion": "w11"}) + "\n")
+    chats, plain = (
+        probe(str(tmp_path / "a"), [], rows=tmp_path / name, device="cpu") for name in ("chats.jsonl", "texts.jsonl")
+    )
+    assert chats.prompts == ("w5 w9", "w5 w9")
+    assert chats.texts == plain.texts == 8
+    assert chats.merge.answers == plain.merge.answers * 2
+
+
+def test_a_tokenizer_for_short_texts_is_probed(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "a", tmp_path / "a")
+    config = tmp_path / "a/tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"model_max_length": 20}))
+    found, wanted = (probe(str(where / "a"), [], device="cpu").merge for where in (tmp_path, folder))
+    assert found.answers == wanted.answers
 
 
 REPEATS = {
