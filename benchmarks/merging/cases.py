@@ -2,18 +2,22 @@
 
     python -m benchmarks.merging.cases            every case that is not measured; about a minute each
     python -m benchmarks.merging.cases report     of one family
+    python -m benchmarks.merging.cases report --fits       and what `recommend` makes with 50 rows, its fits among it
     python -m benchmarks.merging.cases --docs     only the tables of docs/measurements/merging.md
 
 A case is some experts of one family and seed. Each method of METHODS merges them once, and λ is tried in memory: on
 test rows for the truth, on 50 validation rows for the advice that sees rows, without their labels. What `recommend`
-would say of a case is asked of its own functions. Outputs are kept under WORK, so that the advice can be judged anew.
+would say of a case is asked of its own functions, which fit nothing. Outputs are kept under WORK, so that the advice
+can be judged anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from itertools import combinations
 from pathlib import Path
 from statistics import fmean
@@ -203,6 +207,15 @@ def candidate(scores: Scores, way: Way, factor: float, rows: int) -> MergeCandid
     )  # fmt: skip
 
 
+def fitted(family: words.Family, case: Case) -> dict[str, Any]:
+    """What `recommend` makes of the case with ROWS rows a model; some choose coefficients, others decide."""
+    merge = next(one for one in words.ADVISED if one.rows + one.decide == ROWS)
+    added = family.merged(merge, case.tasks)
+    shares = family.shares({key: tensor + added[key] for key, tensor in family.weights.items()}, case.tasks)
+    told = family.advice[merge.name]
+    return _compared(told["chosen"], told["lambda"], shares, told["expected"])
+
+
 def apart(names: Sequence[str]) -> Conflict:
     """Deltas that go different ways: as these do, whose cosines are below 0.2."""
     size = len(names)
@@ -260,10 +273,13 @@ def by_other_signs(scores: Scores, rows: int) -> dict[str, float]:
 
 def _advised(scores: Scores, merge: tuple[str, float], forecast: Sequence[SkillForecast]) -> dict[str, Any]:
     shares = [scores.share(merge, task) for task in scores.case.tasks]
-    expected = [100 * (one.share or 0.0) for one in forecast]
+    return _compared(*merge, shares, [100 * (one.share or 0.0) for one in forecast])
+
+
+def _compared(merge: str, factor: float, shares: Sequence[float], expected: Sequence[float]) -> dict[str, Any]:
     return {
-        "merge": merge[0],
-        "factor": merge[1],
+        "merge": merge,
+        "factor": factor,
         "mean": round(fmean(shares), 1),
         "expected": round(fmean(expected), 1),
         "errors": [round(ours - own, 1) for ours, own in zip(expected, shares, strict=True)],
@@ -273,6 +289,7 @@ def _advised(scores: Scores, merge: tuple[str, float], forecast: Sequence[SkillF
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("families", nargs="*", metavar="FAMILY", help=f"of {', '.join(FAMILIES)}; default: all")
+    parser.add_argument("--fits", action="store_true", help="run what `recommend` advises with rows; minutes each")
     parser.add_argument("--docs", action="store_true", help="only write docs/ from the results")
     asked = parser.parse_args()
     from benchmarks.pruning.quality import quiet
@@ -280,19 +297,29 @@ def main() -> None:
     quiet()
     torch.set_num_threads(1)
     every = list(cases(list(FAMILIES)))
-    families: dict[tuple[str, int], words.Family] = {}
+    known = json.loads(FILE.read_text(encoding="utf-8")) if FILE.exists() else {}
+    fits: dict[str, Any] = known.get("fits", {})
+
+    @cache
+    def family(name: str, seed: int) -> words.Family:
+        return words.Family(FAMILIES[name], "test", TEST, seed)
+
+    def keep() -> None:
+        some = [summary(case) | fits.get(case.name, {}) for case in every if case.path.exists()]
+        write(FILE, surroundings({"python": sys.executable}) | {"fits": fits, "cases": some})
+        pages.write_cases(some)
+
     for case in every:
-        if asked.docs or case.path.exists() or (asked.families and case.family not in asked.families):
+        if asked.docs or (asked.families and case.family not in asked.families):
             continue
-        key = case.family, case.seed
-        if key not in families:
-            families[key] = words.Family(FAMILIES[case.family], "test", TEST, case.seed)
-        measure(families[key], case)
-        print(case.name, file=sys.stderr, flush=True)
-    some = [case for case in every if case.path.exists()]
-    found = [summary(case) for case in some]
-    write(FILE, surroundings({"python": sys.executable}) | {"cases": found})
-    pages.write_cases(found)
+        if not case.path.exists():
+            measure(family(case.family, case.seed), case)
+            print(case.name, file=sys.stderr, flush=True)
+        if asked.fits and case.name not in fits:
+            fits[case.name] = {"with rows, fits": fitted(family(case.family, case.seed), case)}
+            print(case.name, fits[case.name], file=sys.stderr, flush=True)
+            keep()
+    keep()
 
 
 if __name__ == "__main__":

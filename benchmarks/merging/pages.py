@@ -153,12 +153,15 @@ def advice(found: list[dict[str, Any]]) -> str:
     for case in found:
         groups.setdefault(f"{case['family']}, seed {case['seed']}", []).append(case)
     for name, some in [*groups.items(), ("all", found)]:
-        for kind in ("without rows", "with rows"):
-            behind = [case["best"] - case[kind]["mean"] for case in some]
-            further = [case["best at any λ"] - case[kind]["mean"] for case in some]
-            off = [abs(case[kind]["expected"] - case[kind]["mean"]) for case in some]
-            skills = [abs(error) for case in some for error in case[kind]["errors"]]
-            near, nearer = (f"{sum(one <= 1.0 for one in of)} of {len(some)}" for of in (behind, further))
+        for kind in ("without rows", "with rows", "with rows, fits"):
+            told = [case for case in some if kind in case]
+            if not told:
+                continue
+            behind = [case["best"] - case[kind]["mean"] for case in told]
+            further = [case["best at any λ"] - case[kind]["mean"] for case in told]
+            off = [abs(case[kind]["expected"] - case[kind]["mean"]) for case in told]
+            skills = [abs(error) for case in told for error in case[kind]["errors"]]
+            near, nearer = (f"{sum(one <= 1.0 for one in of)} of {len(told)}" for of in (behind, further))
             spread = f"{fmean(behind):.1f} ({max(behind):.1f})"
             lines.append([name, kind, near, nearer, spread, f"{fmean(off):.1f}", f"{fmean(skills):.1f}"])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
