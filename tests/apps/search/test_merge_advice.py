@@ -554,7 +554,7 @@ def test_a_fit_that_found_nothing_is_not_recommended(folder: Path, monkeypatch) 
     monkeypatch.chdir(folder)
     monkeypatch.setattr(merge_advice, "WAYS", (ARITHMETIC, TSV_M))
     monkeypatch.setattr(merge_advice, "SCOPES", SCOPES[1:])
-    monkeypatch.setattr(coefficients, "RATE", 0.0)
+    monkeypatch.setattr(coefficients, "VARIED_RATE", 0.0)
     monkeypatch.setattr(merge_advice, "best_first", lambda judged: sorted(judged, key=lambda way: way.name))
     asked = [{"data": "calib.jsonl", "sequences": 8, "length": 6}]
     found = recommend_merge(NAMES[:2], "base", calibration=asked, options=OPTIONS)
