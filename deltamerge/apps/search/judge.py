@@ -393,6 +393,7 @@ class StudyJudge:
                 if file is not None:
                     calibration = task.calibration.model_copy(update={"data": file})
                     held = rows_of(calibration, task.folder, task.settings, labelled=labelled, limit=ALL_ROWS)
+                task.reads.check([*search, *held])
             few = select(search, max(1, math.ceil(len(search) / QUARTER)), self.seed)
             self._rows[index] = {"first": few, "search": search, "held": held}
         return self._rows[index]

@@ -97,6 +97,11 @@ class RowReader:
             inputs = [self._inputs(group) for group in groups]
         return Batches(inputs, self._labels(groups, inputs) if labelled else None)
 
+    def check(self, rows: Sequence[DataRow]) -> None:
+        """Raise InputError for texts that make no batch; pictures are not opened."""
+        if self.tokenizer is not None:
+            self.batches(rows)
+
     def steps(self, rows: Sequence[DataRow], *, step: int = 64, size: int = 16) -> tuple[Batches, list[list[int]]]:
         """Return batches to learn on, and the batch indices of each step: of `step` rows at most, all of about as
         many."""

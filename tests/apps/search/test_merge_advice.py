@@ -682,3 +682,17 @@ def test_adapters_are_merged_over_the_base_that_is_given(tmp_path: Path, capsys,
     ]
     made, same = (load_tensors(tmp_path / out) for out in ("made", "same"))
     assert all(torch.equal(tensor, same[name]) for name, tensor in made.items())
+
+
+def test_rows_that_hold_no_completion_are_refused_at_once(tmp_path: Path, monkeypatch) -> None:
+    base = tiny_llama(tmp_path / "base", seed=0, dtype=torch.float32, tokenizer=True)
+    for seed, name in enumerate("ab", 1):
+        tiny_llama(tmp_path / name, seed=seed, base=base, sigma=0.05, dtype=torch.float32, tokenizer=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(merge_advice, "measure", lambda *args, **options: pytest.fail("deltas are compared"))
+    row = json.dumps({"prompt": "w5 w6 w7 w8 w9 w10 w11", "completion": " w8"})
+    (tmp_path / "rows.jsonl").write_text((row + "\n") * 12)
+    asked = [{"data": str(tmp_path / "rows.jsonl"), "sequences": 8, "length": 6}]
+    with pytest.raises(InputError, match=r"a: row \d+: its 6 tokens hold nothing of its completion") as caught:
+        recommend_merge(["a", "b"], "base", calibration=asked, options=OPTIONS)
+    assert caught.value.hint == "raise calibration.length, or take the row out"
