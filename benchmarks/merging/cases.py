@@ -304,8 +304,10 @@ def main() -> None:
     def family(name: str, seed: int) -> words.Family:
         return words.Family(FAMILIES[name], "test", TEST, seed)
 
+    judged = cache(summary)
+
     def keep() -> None:
-        some = [summary(case) | fits.get(case.name, {}) for case in every if case.path.exists()]
+        some = [judged(case) | fits.get(case.name, {}) for case in every if case.path.exists()]
         write(FILE, surroundings({"python": sys.executable}) | {"fits": fits, "cases": some})
         pages.write_cases(some)
 

@@ -191,9 +191,7 @@ def _rows(subject: Subject, number: int, size: int, *, varied: bool) -> _Rows:
     from deltamerge.calibrate.q.variations import MixedRows
 
     batches, groups, stop = subject.steps(COEFFICIENT_STEP, size)
-    mixed = None
-    if varied:
-        mixed = MixedRows(batches, subject.reads.special, subject.reads.words, (subject.source.seed, number))
+    mixed = MixedRows(batches, subject.reads.words, (subject.source.seed, number)) if varied else None
     return _Rows(_distribution(subject, batches), groups, _distribution(subject, stop), mixed)
 
 

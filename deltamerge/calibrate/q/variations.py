@@ -94,12 +94,10 @@ class Variations:
 class MixedRows:
     """Batches of texts or pictures (B, C, H, W), each to be mixed with others of its batch.
 
-    special   token ids that stay
-    words     the others of the vocabulary
+    words   token ids that texts have; others stay
     """
 
     batches: Sequence[Inputs]
-    special: Tensor
     words: Tensor
     seed: tuple[int, ...]
 
@@ -116,7 +114,7 @@ class MixedRows:
         return batch
 
     def _texts(self, ids: Tensor, real: Tensor, draw: np.random.Generator) -> Tensor:
-        mixed, varies = ids.clone(), real & ~torch.isin(ids, self.special)
+        mixed, varies = ids.clone(), real & torch.isin(ids, self.words)
         others, chance = ids[varies], MIXED * draw.random((len(ids), 1))
         taken = varies & torch.from_numpy(draw.random(tuple(ids.shape)) < chance)
         count = int(taken.sum())

@@ -41,6 +41,7 @@ FILES = frozenset({".jsonl", ".csv", ".txt", ".parquet"})
 READ_AT_ONCE = 1000  # rows of a .parquet file
 ANSWERED = ("prompt", "completion")  # fields, as TRL names them: texts, or messages
 MESSAGES = "messages"  # field of a chat
+WITHOUT_DATA = "pip install 'deltamerge[data]', or give a .jsonl, .csv or .txt file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +217,7 @@ def _row(
         if all(record.get(name) is not None for name in ANSWERED):
             return _answered(number, label, record)
         if isinstance(record.get(MESSAGES), list):
-            return _chat(number, label, record, record[MESSAGES])
+            fields = [MESSAGES]
     if len(fields) == 1 and isinstance(record.get(fields[0]), list):
         return _chat(number, label, record, record[fields[0]])
     for name in [*fields, *([label] if label else [])]:
@@ -241,9 +242,9 @@ def _answered(number: int, label: str | None, record: Mapping[str, Any]) -> Data
         return _chat(number, label, record, [*prompt, *completion])
     if not isinstance(prompt, str) or not isinstance(completion, str):
         raise InputError(f"row {number}: prompt and completion need to be two texts, or two lists of messages")
-    told = record[label] if label and record.get(label) is not None else completion
+    told = _told(label, record, completion)
     _check_text(number, prompt, completion, told)
-    return DataRow(prompt, told if label else None, number, completion)
+    return DataRow(prompt, told, number, completion)
 
 
 def _chat(number: int, label: str | None, record: Mapping[str, Any], messages: Sequence[Any]) -> DataRow:
@@ -251,9 +252,16 @@ def _chat(number: int, label: str | None, record: Mapping[str, Any], messages: S
     if record.get("tools"):
         raise InputError(f"row {number}: a chat with tools, which are not read", hint="take the row out")
     chat, answer = chat_of(number, messages)
-    told = record[label] if label and record.get(label) is not None else answer
+    told = _told(label, record, answer)
     _check_text(number, *(text for message in chat.messages for text in message), answer, told)
-    return DataRow(chat, told if label else None, number, answer)
+    return DataRow(chat, told, number, answer)
+
+
+def _told(label: str | None, record: Mapping[str, Any], answer: str | None) -> Any:
+    """Return the label of an answered row: its field's, or else the answer; None without a `label`."""
+    if label is None:
+        return None
+    return answer if record.get(label) is None else record[label]
 
 
 def _check_text(number: int, *values: Any) -> None:
@@ -290,8 +298,7 @@ def _parquet(path: Path) -> Iterator[Mapping[str, Any]]:
     try:
         from pyarrow import ArrowException, parquet
     except ImportError:
-        hint = "pip install 'deltamerge[data]', or give a .jsonl, .csv or .txt file"
-        raise InputError("reading Parquet needs the pyarrow package", hint=hint) from None
+        raise InputError("reading Parquet needs the pyarrow package", hint=WITHOUT_DATA) from None
     try:
         with parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(READ_AT_ONCE):
@@ -498,10 +505,7 @@ def read_hub(source: str, *, config: str | None, split: str, limit: int) -> tupl
     try:
         import datasets
     except ImportError:
-        raise InputError(
-            "reading a hub data set needs the datasets package",
-            hint="pip install 'deltamerge[data]', or give a .jsonl, .csv or .txt file",
-        ) from None
+        raise InputError("reading a hub data set needs the datasets package", hint=WITHOUT_DATA) from None
     from huggingface_hub import constants
 
     found = HUB_ID.fullmatch(source)

@@ -122,7 +122,7 @@ class RowReader:
         return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
     def _written(self, row: DataRow, *, asks: bool = False) -> DataRow:
-        """Return a row whose chat is written out; `asks`: up to where an answer begins."""
+        """Return the row with its chat as a text. With `asks` the text ends where an answer begins."""
         if not isinstance(row.content, Chat):
             return row
         prompt, answer = as_texts(row.number, row.content, row.completion, self.tokenizer, asks=asks)

@@ -60,12 +60,12 @@ def as_texts(number: int, chat: Chat, answer: str | None, tokenizer: Any, *, ask
         hint = "give texts, or prompt and completion"
         raise InputError(f"row {number}: a chat, but the model's tokenizer has no chat template", hint=hint)
     messages = [dict(zip(READ, message, strict=True)) for message in chat.messages]
+    begins = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
 
     def written(some: Sequence[Mapping[str, str]], *, asks: bool) -> str:
         with running(f"row {number}: its chat template cannot take the messages"):
             text: str = tokenizer.apply_chat_template(some, tokenize=False, add_generation_prompt=asks)
-            begins = tokenizer.bos_token is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-            return text.removeprefix(tokenizer.bos_token) if begins else text
+        return text.removeprefix(tokenizer.bos_token) if begins else text
 
     prompt = written(messages, asks=asks or answer is not None)
     if answer is None:
