@@ -1,8 +1,8 @@
 """Recommend a merge of several fine-tunes: the method and its coefficients, beside measurements.
 
-From the weights alone the angles decide. With rows, every method of `WAYS` is tried at its usual λ, and the best of
-them at others. Coefficients are fitted from the best, and from what is recommended without rows. Candidates are judged
-as in a search: in memory, on each fine-tune's own rows and by its own head.
+From the weights alone the angles decide. With rows, every method of `WAYS` is tried at its usual λ, and those of the
+best that have no rule at others. Coefficients are fitted from the best, and from what is recommended without rows.
+Candidates are judged as in a search: in memory, on each fine-tune's own rows and by its own head.
 `lost` is the distance of a merge's outputs from the fine-tune's, divided by the base's. An agreement is how often it
 answers as the fine-tune does.
 """
@@ -44,9 +44,9 @@ from deltamerge.recipe.schema import Goal, Recipe, Study
 from deltamerge.run.lock import fingerprint
 from deltamerge.run.options import Options
 
-FINALISTS = 3  # ways that are best at their usual λ, whose λ is looked for
+FINALISTS = 3  # ways that are best at their usual λ
 RATIO, FURTHER = 1.5, 3  # at RATIO times the last, up and down, and so often further
-STAY, RULED = 0.8, 0.5  # of the loss of the usual λ: another λ is taken if it loses less; RULED: the usual is a rule's
+STAY = 0.8  # of the loss of the usual λ: another λ is taken if it loses less
 LAMBDA = "lambda"
 EACH = (
     "to save a skill: a model per task, where the task is known when it runs: merge_method: emr or tall_masks, "
@@ -88,11 +88,15 @@ class Way:
         """Return the rule of its λ by the number of models."""
         return MERGE[self.method].parameters[LAMBDA].rule
 
+    @property
+    def is_searched(self) -> bool:
+        """Return whether its λ is looked for: neither a rule gives it, nor the rows that the method solves for."""
+        return self.rule is None and MERGE[self.method].rows is None
+
     def better(self, lost: Mapping[float, float], usual: float) -> float:
         """Return the λ of least loss, or the λ nearest to the usual if it loses hardly more."""
         best, near = min(lost, key=lambda one: lost[one]), min(lost, key=lambda one: abs(one - usual))
-        stay = STAY if self.rule is None else RULED
-        return best if lost[best] < stay * lost[near] else near
+        return best if lost[best] < STAY * lost[near] else near
 
     def by(self, scope: str) -> Way:
         """Return the fit of coefficients that starts at this merge."""
@@ -400,9 +404,10 @@ class _Adviser:
     ) -> tuple[dict[Way, MergeCandidate], list[Way]]:
         """Return all ways, and the ways that can be chosen.
 
-        Each way is tried at its usual λ, and the best ways at others. Coefficients are fitted by layer from the best,
-        and by row from what is recommended without rows: they move so far that few rows need not choose their start.
-        They can be chosen if they lose less than the best on the held-out rows. These rows alone then judge all ways.
+        Each way is tried at its usual λ, and those of the best whose λ is searched at others. Coefficients are fitted
+        by layer from the best, and by row from what is recommended without rows: they move so far that few rows need
+        not choose their start. They can be chosen if they lose less than the best on the held-out rows. These rows
+        alone then judge all ways.
         """
         trials = _Trials(self, judge, conflict, classes)
         count = len(self.setting.models)
@@ -412,7 +417,7 @@ class _Adviser:
                 trying.step(1)
             leaders = trials.leaders()
             for way in leaders:
-                trials.narrow(way)
+                trials.settle(way)
                 trying.step(1)
             found = {way: trials.candidate(way) for way in WAYS}
             good = best_first({way: found[way] for way in leaders if found[way].error is None})
@@ -492,8 +497,15 @@ class _Trials:
         judged = {way: self.candidate(way) for way in self.tried if way not in self.errors}
         return best_first(judged)[:FINALISTS]
 
-    def narrow(self, way: Way) -> None:
-        """Try λ on both sides of the usual one, and on where the best is at an end. Judge it on all rows."""
+    def settle(self, way: Way) -> None:
+        """Find the λ of a way, and judge it on all rows."""
+        if way.is_searched:
+            self._narrow(way)
+        if (factor := self.factor(way)) is not None:
+            self._measure(way, [factor], self._unseen(way, list(self.rows)))
+
+    def _narrow(self, way: Way) -> None:
+        """Try λ on both sides of the usual one, and on where the best is at an end."""
         (usual,) = self.tried[way]
         self.try_at(way, [usual / RATIO, usual * RATIO])
         for _ in range(FURTHER):
@@ -502,8 +514,6 @@ class _Trials:
             if way in self.errors or best not in ends:
                 break
             self.try_at(way, [best / RATIO if best == ends[0] else best * RATIO])
-        if (factor := self.factor(way)) is not None:
-            self._measure(way, [factor], self._unseen(way, list(self.rows)))
 
     def factor(self, way: Way) -> float | None:
         """Return the λ of a way. None: it cannot be judged."""

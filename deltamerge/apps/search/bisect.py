@@ -35,7 +35,7 @@ from deltamerge.run.options import Options
 from deltamerge.tensors.names import block_name, natural
 
 MOST = 40  # forward passes over the rows of the skill
-BEGIN = 4  # of them: the fine-tune's outputs, the base and the fine-tune as references, the merge
+BEGIN = 3  # of them: the fine-tune's outputs, the base, the merge
 TENSORS = 12  # of them for tensors of the worst layer
 MODELS = 12  # and for models that are left out
 SHOWN = 8
@@ -265,7 +265,7 @@ class _Bisection:
     def _measure(self, variants: Sequence[Weights]) -> list[float]:
         """Return the lost distance of each variant."""
         sheet = self.judge.sheet("search")[self.index]
-        base = self.judge.references["search"]["base"][self.task.name][DISTANCE]
+        base = self.judge.bases["search"][self.task.name][DISTANCE]
         found: list[float] = []
         with progress.phase("exchanging", len(variants), progress.PASSES) as passing:
             for at in range(0, len(variants), TOGETHER):

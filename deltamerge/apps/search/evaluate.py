@@ -157,12 +157,15 @@ class ScoredTask:
             for name in of_forward:
                 assert made.labels is not None
                 measures[name] = O.Validation(made.inputs, made.labels, name)
+            against: dict[str, O.Comparison[O.Objective]] = {}
             if AGREEMENT in compared:
-                measures[DISTANCE] = self._agreement(made.inputs)
+                against[DISTANCE] = self._agreement(made.inputs)
             if SAME in compared:
-                measures[SAME] = self._same_answers(made.inputs)
+                against[SAME] = self._same_answers(made.inputs)
             if SCORE_KEPT in compared and (kept := self._kept_score(made.inputs)) is not None:
-                measures[SCORE_KEPT] = kept
+                against[SCORE_KEPT] = kept
+            objectives = O.collected(self.model, self.own, made.inputs, list(against.values()))
+            measures |= dict(zip(against, objectives, strict=True))
             generated = {EXACT: self._generation(rows)} if EXACT in metrics else {}
             return Sheet(len(rows), made.inputs, measures, generated)
 
@@ -172,25 +175,25 @@ class ScoredTask:
         assert made.texts is not None
         return O.Generation(made.inputs, made.texts, self.reads.decode, settings.answer, settings.new_tokens)
 
-    def _agreement(self, inputs: Sequence[Inputs]) -> O.Objective:
+    def _agreement(self, inputs: Sequence[Inputs]) -> O.Comparison[O.Objective]:
         """Return the distance of predictions from the model's own, whatever the scale of a classifier's logits.
 
         For a language model it is the distance of next-token distributions, without a head the distance of last hidden
         states.
         """
         if not self.has_head:
-            return O.OutputChange.of(self.model, self.own, inputs)
+            return O.OutputChange.compared(inputs)
         if self.kind in LANGUAGE:
-            return O.Distribution.of(self.model, self.own, inputs)
-        return O.Agreement.of(self.model, self.own, inputs, regression=self._answers_numbers)
+            return O.Distribution.compared(self.model, inputs)
+        return O.Agreement.compared(inputs, regression=self._answers_numbers)
 
-    def _same_answers(self, inputs: Sequence[Inputs]) -> O.Objective:
+    def _same_answers(self, inputs: Sequence[Inputs]) -> O.Comparison[O.Objective]:
         """Return the share of the model's own answers. See `objectives.SameAnswers`. InputError: it has no head."""
         if not self.has_head:
             raise InputError("has no head to answer with", hint=f"objective: {AGREEMENT}")
-        return O.SameAnswers.of(self.model, self.own, inputs, regression=self._answers_numbers)
+        return O.SameAnswers.compared(inputs, regression=self._answers_numbers)
 
-    def _kept_score(self, inputs: Sequence[Inputs]) -> O.Objective | None:
+    def _kept_score(self, inputs: Sequence[Inputs]) -> O.Comparison[O.Objective] | None:
         """Return what is expected to be lost of the model's score. None: its answers do not tell.
 
         A language model keeps a row if every token of its completion is the same.
@@ -198,10 +201,10 @@ class ScoredTask:
         if not self.has_head:
             return None
         if self.kind not in LANGUAGE:
-            return O.LostScore.of(self.model, self.own, inputs, regression=self._answers_numbers)
+            return O.LostScore.compared(inputs, regression=self._answers_numbers)
         if not all(COMPARED in batch for batch in inputs):
             return None
-        return O.SameTexts.of(self.model, self.own, inputs, regression=False)
+        return O.SameTexts.compared(inputs, regression=False)
 
     @property
     def _answers_numbers(self) -> bool:

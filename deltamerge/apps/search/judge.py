@@ -239,7 +239,7 @@ class StudyJudge:
 
     start       a candidate; all others have the same fine-tunes
     also        measures without labels beside the goals' measures
-    references  scores of the base and of the fine-tunes, by part of the rows
+    bases       scores of the base, with each fine-tune's head, by part of the rows
     """
 
     def __init__(
@@ -277,7 +277,8 @@ class StudyJudge:
         self.wanted = {index: self._measures(task, goals) for index, task in self.tasks.items()}
         self._rows: dict[int, dict[Part, list[DataRow]]] = {}
         self._sheets: dict[Part, dict[int, Sheet]] = {}
-        self.references: dict[Part, dict[str, Scores]] = {}
+        self.bases: dict[Part, Scores] = {}
+        self._own: dict[Part, Scores] = {}
         self.budget = self._resident()
 
     def close(self) -> None:
@@ -328,7 +329,7 @@ class StudyJudge:
         for (part, index, _), of_sheet in zip(sheets, by_sheet, strict=True):
             name = self.tasks[index].name
             for own, scores in zip(found, of_sheet, strict=True):
-                own[part][name] = relative(scores, self.references[part]["base"][name])
+                own[part][name] = relative(scores, self.bases[part][name])
         return [dict(own) for own in found]
 
     def _forget_others(self, some: Sequence[RecipeCandidate]) -> None:
@@ -360,17 +361,23 @@ class StudyJudge:
                 metrics, compared = self.wanted[index]
                 made[index] = task.sheet(self._of(index)[part], metrics, compared)
             self._sheets[part] = made
-            self.references[part] = self._references(made)
+            self.bases[part] = self._scores_of(made, self._base)
         return self._sheets[part]
 
-    def _references(self, sheets: Mapping[int, Sheet]) -> dict[str, Scores]:
-        """Return the scores of the base, with the fine-tune's head, and of the fine-tune."""
-        found: dict[str, dict[str, Mapping[str, float]]] = {"base": {}, "fine-tune": {}}
+    def references(self, part: Part) -> dict[str, Scores]:
+        """Return the scores of the base, with each fine-tune's head, and of the fine-tunes."""
+        sheets = self.sheet(part)
+        if part not in self._own:
+            self._own[part] = self._scores_of(sheets, lambda index: self.tasks[index].own)
+        return {"base": self.bases[part], "fine-tune": self._own[part]}
+
+    def _scores_of(self, sheets: Mapping[int, Sheet], weights: Callable[[int], Weights]) -> Scores:
+        """Return the scores of a model for each fine-tune."""
+        found: dict[str, Mapping[str, float]] = {}
         for index, sheet in sheets.items():
             task = self.tasks[index]
-            ((base, own),) = measured([(task, sheet)], [[self._base(index), task.own]])
-            found["base"][task.name], found["fine-tune"][task.name] = base, own
-        return dict(found)
+            ((found[task.name],),) = measured([(task, sheet)], [[weights(index)]])
+        return found
 
     def _base(self, index: int) -> Weights:
         task, places = self.tasks[index], self.start.places[index]

@@ -239,8 +239,7 @@ class Bench:
         """Return the scores of the base and the fine-tunes."""
         found: dict[str, dict[str, Mapping[str, float]]] = {}
         for judge in self.judges.values():
-            judge.sheet(part)
-            for kind, scores in judge.references[part].items():
+            for kind, scores in judge.references(part).items():
                 found.setdefault(kind, {}).update(scores)
         return found
 
@@ -248,8 +247,7 @@ class Bench:
         """Return the values of the base and the fine-tunes by each goal that is judged in memory."""
         found: dict[str, dict[str, float]] = {}
         for judge in self.judges.values():
-            judge.sheet(part)
-            known = judge.references[part]
+            known = judge.references(part)
             for kind, scores in known.items():
                 own = {name: relative(one, known["base"][name]) for name, one in scores.items()}
                 values = {goal.name: worth(goal, own, judged_by(judge)) for goal in self.inside}

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,33 @@ class Objective(Protocol):
 
     def reduce(self, batch: int, output: BlockOutput) -> Any: ...
     def value(self, parts: Sequence[Any]) -> float: ...
+
+
+Made = TypeVar("Made", bound=Objective, covariant=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison(Generic[Made]):
+    """An objective that compares with a fine-tune, before the fine-tune has run.
+
+    keep    what of the fine-tune's output for a batch is compared with
+    made    the objective, of these for all batches
+    """
+
+    keep: Callable[[int, BlockOutput], Any]
+    made: Callable[[Sequence[Any]], Made]
+
+
+def collected(
+    model: BlockModel, tune: Weights, batches: Sequence[Inputs], comparisons: Sequence[Comparison[Made]]
+) -> list[Made]:
+    """Return the objectives of comparisons on the same batches: the fine-tune runs once for all."""
+
+    def keep(batch: int, output: BlockOutput) -> list[Any]:
+        return [one.keep(batch, output) for one in comparisons]
+
+    parts = model.run(batches, [tune], keep)[0] if comparisons else []
+    return [one.made([part[i] for part in parts]) for i, one in enumerate(comparisons)]
 
 
 def evaluate(
@@ -119,6 +146,11 @@ class OutputChange:
     @classmethod
     def of(cls, model: BlockModel, tune: Weights, batches: Sequence[Inputs]) -> OutputChange:
         """Collect the fine-tune's outputs: hidden states (tokens × H float32), or 5 logits a token."""
+        return collected(model, tune, batches, [cls.compared(batches)])[0]
+
+    @classmethod
+    def compared(cls, batches: Sequence[Inputs]) -> Comparison[OutputChange]:
+        """Return the comparison with a fine-tune that has not run yet."""
 
         def keep(b: int, output: BlockOutput) -> tuple[Tensor, Tensor | None]:
             if output.scores is not None and output.scores.per_token:
@@ -127,7 +159,7 @@ class OutputChange:
                 return scores.at(top), top
             return _tokens(output.hidden, batches[b]), None
 
-        return cls(batches, model.run(batches, [tune], keep)[0])
+        return Comparison(keep, lambda targets: cls(batches, targets))
 
     def reduce(self, batch: int, output: BlockOutput) -> tuple[float, int]:
         target, index = self.targets[batch]
@@ -268,7 +300,16 @@ class Distribution:
 
         With `states` these are collected too.
         """
+        comparison = cls.compared(model, batches, regression=regression, states=states)
+        return collected(model, tune, batches, [comparison])[0]
+
+    @classmethod
+    def compared(
+        cls, model: BlockModel, batches: Sequence[Inputs], *, regression: bool = False, states: States | None = None
+    ) -> Comparison[Distribution]:
+        """Return the comparison with a fine-tune that has not run yet."""
         hidden: dict[int, Tensor] = {}
+        regression = regression or model.headless
 
         def keep(b: int, output: BlockOutput) -> tuple[Tensor, Tensor | None]:
             if states is not None:
@@ -280,10 +321,11 @@ class Distribution:
             indices = [index for _, index in found if index is not None]
             return torch.cat([logs for logs, _ in found]), torch.cat(indices) if indices else None
 
-        regression = regression or model.headless
-        (targets,) = model.run(batches, [tune], keep)
-        kept = None if states is None else StateChange(batches, states, [hidden[b] for b in range(len(batches))])
-        return cls(batches, targets, regression, kept)
+        def made(targets: Sequence[tuple[Tensor, Tensor | None]]) -> Distribution:
+            kept = None if states is None else StateChange(batches, states, [hidden[b] for b in range(len(batches))])
+            return cls(batches, targets, regression, kept)
+
+        return Comparison(keep, made)
 
     def count(self, batch: int) -> int:
         """Return the sequences, tokens, or elements that a batch's loss is a sum over."""
@@ -330,7 +372,12 @@ class Agreement:
     @classmethod
     def of(cls, model: BlockModel, tune: Weights, batches: Sequence[Inputs], *, regression: bool) -> Agreement:
         """Collect the fine-tune's logits (B, C)."""
-        return cls(batches, model.run(batches, [tune], lambda b, output: _logits(output))[0], regression)
+        return collected(model, tune, batches, [cls.compared(batches, regression=regression)])[0]
+
+    @classmethod
+    def compared(cls, batches: Sequence[Inputs], *, regression: bool) -> Comparison[Agreement]:
+        """Return the comparison with a fine-tune that has not run yet."""
+        return Comparison(lambda b, output: _logits(output), lambda targets: cls(batches, targets, regression))
 
     def reduce(self, batch: int, output: BlockOutput) -> Any:
         return _logits(output)
@@ -361,9 +408,13 @@ class SameAnswers:
     @classmethod
     def of(cls, model: BlockModel, tune: Weights, batches: Sequence[Inputs], *, regression: bool) -> SameAnswers:
         """Collect the fine-tune's answers, a number each, or its logits (B, C)."""
+        return collected(model, tune, batches, [cls.compared(batches, regression=regression)])[0]
+
+    @classmethod
+    def compared(cls, batches: Sequence[Inputs], *, regression: bool) -> Comparison[SameAnswers]:
+        """Return the comparison with a fine-tune that has not run yet."""
         made = cls(batches, [], regression)
-        (targets,) = model.run(batches, [tune], made._answers)
-        return replace(made, targets=targets)
+        return Comparison(made._answers, lambda targets: replace(made, targets=targets))
 
     def _answers(self, batch: int, output: BlockOutput) -> Any:
         if self.regression:

@@ -220,15 +220,16 @@ def test_a_merge_is_recommended_and_runs(
     fits = [one for one in by_name.values() if one["coefficients"]]
     assert [one["name"] for one in plain] == [way.name for way in ways[0]]
     assert [one["coefficients"] for one in fits] == list(ways[1])
-    looked_into = [one for one in plain if len(one["tried"]) > 1]
-    assert len(looked_into) == min(3, len(plain))
-    worth = {one["name"]: (sum(x["share"] for x in one["forecast"]), -one["lost_mean"]) for one in looked_into}
-    assert best["coefficients"] or best["name"] == max(worth, key=worth.__getitem__)
+    searched = {way.name for way in ways[0] if way.is_searched}
+    assert searched >= {one["name"] for one in plain if len(one["tried"]) > 1}
+    worth = {one["name"]: (sum(x["share"] for x in one["forecast"]), -one["lost_mean"]) for one in plain}
+    leaders = sorted(worth, key=worth.__getitem__)[-merge_advice.FINALISTS :]
+    assert best["coefficients"] or best["name"] in leaders
     for one in by_name.values():
         assert set(one["lost"]) == set(one["agreement"]) == set(NAMES)
         assert one["lost_worst"] == max(one["lost"].values())
         tried = {point["factor"]: point["lost"] for point in one["tried"]}
-        assert tried[one["factor"]] <= min(tried.values()) / 0.5
+        assert tried[one["factor"]] <= min(tried.values()) / 0.8
     assert found["search"] == dict.fromkeys(NAMES, 8)
     recipe = yaml.safe_load(out.read_text())
     assert out.read_text() == found["recipe"]
@@ -343,8 +344,7 @@ def test_rows_decide_by_answers_and_then_by_distance() -> None:
 def test_lambda_stays_usual_unless_another_loses_much_less() -> None:
     assert ARITHMETIC.better({0.5: 0.3, 1.0: 0.35, 1.5: 0.5}, 1.01) == 1.0
     assert ARITHMETIC.better({0.5: 0.25, 1.0: 0.35, 1.5: 0.5}, 1.01) == 0.5
-    assert ISO_C.better({0.5: 0.25, 1.0: 0.35, 1.5: 0.5}, 1.01) == 1.0  # whose λ is a rule's
-    assert ISO_C.better({0.5: 0.15, 1.0: 0.35, 1.5: 0.5}, 1.01) == 0.5
+    assert [way.name for way in WAYS if way.is_searched] == ["task_arithmetic", "ties"]  # no rule, no rows
     assert (ISO_C.usual(3), SVC.usual(4), ARITHMETIC.usual(9)) == (2.25, 0.6, 0.25)
 
 
@@ -552,14 +552,14 @@ def test_a_recipe_has_letters_of_any_alphabet() -> None:
 
 def test_a_fit_that_found_nothing_is_not_recommended(folder: Path, monkeypatch) -> None:
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(merge_advice, "WAYS", (ARITHMETIC, TSV_M))
+    monkeypatch.setattr(merge_advice, "WAYS", (ISO_C, TSV_M))
     monkeypatch.setattr(merge_advice, "SCOPES", SCOPES[1:])
     monkeypatch.setattr(coefficients, "VARIED_RATE", 0.0)
     monkeypatch.setattr(merge_advice, "best_first", lambda judged: sorted(judged, key=lambda way: way.name))
     asked = [{"data": "calib.jsonl", "sequences": 8, "length": 6}]
     found = recommend_merge(NAMES[:2], "base", calibration=asked, options=OPTIONS)
     lost = {one.name: one.lost_mean for one in found.candidates}
-    assert lost["tsv_m, balanced + coefficients by row"] == lost["tsv_m, balanced"] < lost["task_arithmetic"]
+    assert lost["tsv_m, balanced + coefficients by row"] == lost["tsv_m, balanced"] < lost["iso_c, balanced"]
     assert found.method == "tsv_m, balanced"
 
 
