@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from deltamerge.apps.chain.live import load_delta
 from deltamerge.apps.train.trainer import DeltaWriter as ChainWriter
-from deltamerge.calibrate.rows import read as read_rows
+from deltamerge.calibrate.rows.files import read as read_rows
 from deltamerge.engine import kernels
 from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.files.ownership import LOCK_NAME

@@ -17,7 +17,7 @@ import torch
 import yaml
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
-from deltamerge.calibrate.rows import split
+from deltamerge.calibrate.rows.splits import split
 from deltamerge.recipe.file import read_recipe
 from deltamerge.recipe.load import load
 from deltamerge.run.options import Options

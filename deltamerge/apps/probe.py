@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.apps.search.evaluate import LOSS, ScoredTask, measured, open_model
-from deltamerge.calibrate.rows import POSITIONS, DataRow, has_head, read
 from deltamerge.calibrate.rows.chats import Chat
+from deltamerge.calibrate.rows.files import DataRow, read
+from deltamerge.calibrate.rows.heads import POSITIONS, has_head
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.errors import InputError
 from deltamerge.models.checkpoint import Checkpoint

@@ -11,7 +11,8 @@ from deltamerge import errors
 from deltamerge.calibrate import stage
 from deltamerge.calibrate.merge import coefficients, second_moments
 from deltamerge.calibrate.merge.second_moments import InputMeasurement, MeasuredInput, squares
-from deltamerge.calibrate.rows import LANGUAGE, split, task_of
+from deltamerge.calibrate.rows.heads import LANGUAGE, task_of
+from deltamerge.calibrate.rows.splits import split
 from deltamerge.calibrate.spec import (
     CalibrationInput,
     ModelTensors,

@@ -488,7 +488,7 @@ def _sources(stages: Stages, inputs: Inputs, *, check: bool) -> Mapping[int, Cal
 
 def _of_result(moments: Node, inputs: Inputs, *, check: bool) -> tuple[CalibrationInput]:
     """Return the rows on which the inputs of the result's layers are measured. InputError: there are no rows."""
-    from deltamerge.calibrate.rows import split
+    from deltamerge.calibrate.rows.splits import split
 
     source: CalibrationInput = moments.parameter("source")
     if check:

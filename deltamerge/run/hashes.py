@@ -221,7 +221,8 @@ def _side_by_side(works: list[Callable[[], Any]], phase: progress.Phase, workers
 
 
 def _describe_data(source: CalibrationInput, workers: int) -> dict[str, Any]:
-    from deltamerge.calibrate.rows import commit, is_of_hub, local_files
+    from deltamerge.calibrate.rows.files import is_of_hub, local_files
+    from deltamerge.calibrate.rows.hub import commit
 
     data = source.calibration.data
     root = source.folder / data
@@ -254,7 +255,8 @@ def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
 
 
 def _data_facts(source: CalibrationInput) -> dict[str, Any]:
-    from deltamerge.calibrate.rows import commit, is_of_hub, local_files
+    from deltamerge.calibrate.rows.files import is_of_hub, local_files
+    from deltamerge.calibrate.rows.hub import commit
 
     data = source.calibration.data
     found: dict[str, Any] = {f"{DATA}: {path.name}": _identity(path) for path in local_files(data, source.folder)}

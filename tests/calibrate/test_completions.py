@@ -14,14 +14,14 @@ from calibration_rows import rows as text_rows
 from conftest import load_tensors, tiny_bert_pair, tiny_llama
 from running import make_plan
 
-from deltamerge.calibrate import rows
 from deltamerge.calibrate.model.blocks import BlockModel, from_reader
 from deltamerge.calibrate.model.passes import COMPARED
 from deltamerge.calibrate.q.objectives import Distribution, OutputChange, SameAnswers
 from deltamerge.calibrate.q.variations import Variations
-from deltamerge.calibrate.rows import DataRow
+from deltamerge.calibrate.rows import files as rows
 from deltamerge.calibrate.rows.batches import RowReader, config_of, said
 from deltamerge.calibrate.rows.chats import Chat
+from deltamerge.calibrate.rows.files import DataRow
 from deltamerge.errors import InputError
 
 ROWS = [

@@ -11,9 +11,11 @@ import pytest
 import torch
 from tiny_models import image_processor
 
-from deltamerge.calibrate import rows
-from deltamerge.calibrate.rows import DataRow, split
+from deltamerge.calibrate.rows import files as rows
 from deltamerge.calibrate.rows.chats import Chat
+from deltamerge.calibrate.rows.files import DataRow
+from deltamerge.calibrate.rows.heads import check_head, class_labels
+from deltamerge.calibrate.rows.splits import select, split
 from deltamerge.errors import InputError
 from deltamerge.recipe.schema import Calibration
 
@@ -73,12 +75,12 @@ def test_pairs_and_pictures(tmp_path: Path) -> None:
 
 def test_rows_are_chosen_by_the_seed_and_keep_their_order() -> None:
     every = [DataRow(str(i), None, i + 1) for i in range(100)]
-    chosen = [row.number for row in rows.select(every, 20, 3)]
+    chosen = [row.number for row in select(every, 20, 3)]
     assert chosen == sorted(set(chosen))
     assert len(chosen) == 20
-    assert chosen == [row.number for row in rows.select(every, 20, 3)]
-    assert chosen != [row.number for row in rows.select(every, 20, 4)]
-    assert set(chosen) < {row.number for row in rows.select(every, 30, 3)}
+    assert chosen == [row.number for row in select(every, 20, 3)]
+    assert chosen != [row.number for row in select(every, 20, 4)]
+    assert set(chosen) < {row.number for row in select(every, 30, 3)}
 
 
 GOOD = {"text": "a", "label": 1}
@@ -151,9 +153,9 @@ def test_labels(labels: list[Any], config: dict[str, Any], want: Any) -> None:
     given = [DataRow("", label, number) for number, label in enumerate(labels, 1)]
     if isinstance(want, str):
         with pytest.raises(InputError, match=want.replace(".", r"\.")):
-            rows.class_labels(given, config)
+            class_labels(given, config)
     else:
-        assert rows.class_labels(given, config) == want
+        assert class_labels(given, config) == want
 
 
 @pytest.mark.parametrize(
@@ -170,10 +172,10 @@ def test_labels(labels: list[Any], config: dict[str, Any], want: Any) -> None:
 )
 def test_heads(architecture: str, task: str, fits: bool) -> None:
     if fits:
-        rows.check_head({"architectures": [architecture]}, task)
+        check_head({"architectures": [architecture]}, task)
     else:
         with pytest.raises(InputError, match=f"task {task} needs .* but this is {architecture}"):
-            rows.check_head({"architectures": [architecture]}, task)
+            check_head({"architectures": [architecture]}, task)
 
 
 BERT = {"architectures": ["BertForSequenceClassification"], "max_position_embeddings": 32, **TWO}

@@ -22,8 +22,8 @@ from tiny_models import image_processor
 
 from deltamerge.calibrate.model.blocks import BlockModel, from_reader
 from deltamerge.calibrate.model.transformers_code import check_family
-from deltamerge.calibrate.rows import DataRow
 from deltamerge.calibrate.rows.batches import RowReader
+from deltamerge.calibrate.rows.files import DataRow
 from deltamerge.errors import DeltamergeError, InputError
 
 REFUSED = {

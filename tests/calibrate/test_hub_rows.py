@@ -16,7 +16,7 @@ import yaml
 from conftest import tiny_bert_pair
 from small_hub import COMMIT, Hub, serve
 
-from deltamerge.calibrate import rows as hub_rows
+from deltamerge.calibrate.rows import hub as hub_rows
 from deltamerge.errors import InputError
 
 Command = Callable[..., subprocess.CompletedProcess[str]]

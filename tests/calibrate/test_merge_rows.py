@@ -88,7 +88,7 @@ def expected(folder: Path, plan: Any, method: str) -> dict[str, np.ndarray]:
     """The merged tensors, from transformers' own forward of whole models."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from deltamerge.calibrate.rows import split
+    from deltamerge.calibrate.rows.splits import split
 
     base = {name: tensor.double() for name, tensor in load_tensors(folder / "base").items()}
     tunes = [{n: t.double() for n, t in load_tensors(folder / name).items()} for name in WEIGHTS]
@@ -377,7 +377,7 @@ def answers(model: Any, logits: torch.Tensor, batch: Any) -> list[tuple[float, t
 def test_fisher_equals_plain_gradients(request, tmp_path: Path, kind: str) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from deltamerge.calibrate.rows import split
+    from deltamerge.calibrate.rows.splits import split
 
     folder = request.getfixturevalue("models" if kind == "causal" else "encoders")
     path = recipe(folder, "fisher", "fisher")
@@ -436,7 +436,7 @@ def test_states_that_heads_read_count_as_much_as_outputs(encoders: Path) -> None
     """A look is the mean over fine-tunes of divergence and of change of states, each as a share of the base's."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    from deltamerge.calibrate.rows import select, split
+    from deltamerge.calibrate.rows.splits import select, split
 
     plan = make_plan(recipe(encoders, "states", "task_arithmetic", FITTED % "layer", "lambda: 0.1"))
     ((stage, spec),) = plan.specs.items()

@@ -26,7 +26,7 @@ from test_families import small
 from deltamerge.calibrate.model.blocks import BlockModel, from_reader
 from deltamerge.calibrate.model.layers import MatrixCut
 from deltamerge.calibrate.q.statistics import LayerStatistics, collect, drawn
-from deltamerge.calibrate.rows import LANGUAGE_HEADS
+from deltamerge.calibrate.rows.heads import LANGUAGE_HEADS
 from deltamerge.errors import InputError
 from deltamerge.tensors.names import numbers_as_stars, stacked_transposed
 

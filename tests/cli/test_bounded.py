@@ -11,7 +11,7 @@ import pytest
 from conftest import tiny_llama
 from running import make_plan
 
-from deltamerge.calibrate import rows
+from deltamerge.calibrate.rows import files as rows
 from deltamerge.errors import InputError, UsageError
 from deltamerge.plan import memory
 from deltamerge.run import options

@@ -15,8 +15,9 @@ from running import make_plan, run
 from safetensors.numpy import save_file
 from xxhash import xxh3_64_hexdigest
 
-from deltamerge.calibrate.rows import DataRow, class_labels
-from deltamerge.calibrate.rows import read as read_rows
+from deltamerge.calibrate.rows.files import DataRow
+from deltamerge.calibrate.rows.files import read as read_rows
+from deltamerge.calibrate.rows.heads import class_labels
 from deltamerge.errors import DeltamergeError, InputError, VerifyError
 from deltamerge.files.journal import read_journal
 from deltamerge.formats.delta.manifest import Record

@@ -369,7 +369,7 @@ def test_a_users_own_client_stays_and_has_the_bounds(server: Hub, model: Path, t
 
 
 def test_data_sets_have_commits(server: Hub, model: Path, tmp_path: Path) -> None:
-    from deltamerge.calibrate.rows import commit
+    from deltamerge.calibrate.rows.hub import commit
 
     commit.cache_clear()
     server.repositories["datasets/org/data"] = tmp_path / "hub"

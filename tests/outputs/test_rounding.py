@@ -17,7 +17,7 @@ from interrupted import Stop, files
 from packed_files import CASES
 from running import finish, make_plan, run
 
-from deltamerge.calibrate.rows import split
+from deltamerge.calibrate.rows.splits import split
 from deltamerge.engine import kernels
 from deltamerge.errors import InputError
 from deltamerge.formats import safetensors

@@ -20,7 +20,7 @@ from deltamerge.apps.recommend.merge import (
     names_of,
 )
 from deltamerge.apps.search.folder import lock_of
-from deltamerge.calibrate.rows import FILES, count
+from deltamerge.calibrate.rows.files import FILES, count
 from deltamerge.errors import InputError, OutputError
 from deltamerge.files.atomic import replace_file
 from deltamerge.files.ownership import Guard

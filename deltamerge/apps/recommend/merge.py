@@ -30,7 +30,7 @@ from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, SAME, SCORE_KEP
 from deltamerge.apps.search.judge import Part, StudyJudge
 from deltamerge.apps.search.outcome import one_line
 from deltamerge.calibrate.q.objectives import is_regression
-from deltamerge.calibrate.rows import LANGUAGE, has_head, task_of
+from deltamerge.calibrate.rows.heads import LANGUAGE, has_head, task_of
 from deltamerge.calibrate.spec import Calibrated
 from deltamerge.errors import DeltamergeError, InputError, OutputError, UsageError
 from deltamerge.files import progress

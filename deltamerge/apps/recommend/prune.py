@@ -20,7 +20,7 @@ from pydantic import Field
 
 from deltamerge.apps.inspect.statistics import DeltaMoments, Figures, Pair, activations, pair_recipe, pairs_of, together
 from deltamerge.apps.inspect.study import measure, open_pair, stages_of
-from deltamerge.calibrate.rows import has_head, metric_of
+from deltamerge.calibrate.rows.heads import has_head, metric_of
 from deltamerge.errors import OutputError
 from deltamerge.errors.shown import as_html, shown
 from deltamerge.files.atomic import replace_file

@@ -18,20 +18,11 @@ from deltamerge import errors
 from deltamerge.calibrate.model.blocks import BlockModel, BlockOutput, Inputs, Weights, from_reader, together
 from deltamerge.calibrate.model.passes import COMPARED, Callbacks, stored
 from deltamerge.calibrate.q import objectives as O
-from deltamerge.calibrate.rows import (
-    HEADS,
-    LANGUAGE,
-    DataRow,
-    commit,
-    has_head,
-    is_of_hub,
-    local_files,
-    metric_of,
-    rows_of,
-    select,
-    task_of,
-)
 from deltamerge.calibrate.rows.batches import RowReader, check_new_tokens, config_of
+from deltamerge.calibrate.rows.files import DataRow, is_of_hub, local_files
+from deltamerge.calibrate.rows.heads import HEADS, LANGUAGE, has_head, metric_of, task_of
+from deltamerge.calibrate.rows.hub import commit
+from deltamerge.calibrate.rows.splits import rows_of, select
 from deltamerge.calibrate.spec import precision_of
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.engine.devices import torch_device

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deltamerge.calibrate.rows import commit, is_of_hub, local_files
+from deltamerge.calibrate.rows.files import is_of_hub, local_files
+from deltamerge.calibrate.rows.hub import commit
 from deltamerge.calibrate.spec import Calibrated
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import GO_ON, DeltamergeError, OutputError, RecipeError, interruptible

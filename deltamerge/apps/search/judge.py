@@ -31,7 +31,8 @@ from deltamerge.apps.search.evaluate import (
 )
 from deltamerge.calibrate.merge import second_moments
 from deltamerge.calibrate.model.blocks import Weights
-from deltamerge.calibrate.rows import DataRow, rows_of, select, split
+from deltamerge.calibrate.rows.files import DataRow
+from deltamerge.calibrate.rows.splits import rows_of, select, split
 from deltamerge.calibrate.spec import Calibrated
 from deltamerge.calibrate.values import Spooled
 from deltamerge.engine import backends

@@ -22,7 +22,7 @@ from functools import partial
 from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.calibrate.rows import LANGUAGE
+from deltamerge.calibrate.rows.heads import LANGUAGE
 from deltamerge.calibrate.spec import (
     COEFFICIENT_STEP,
     FITTED_PASSES,

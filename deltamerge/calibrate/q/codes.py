@@ -32,7 +32,9 @@ from deltamerge.calibrate.model.passes import BlockOutput, Inputs, Logits, Weigh
 from deltamerge.calibrate.q.objectives import Distribution, StateChange, last_states
 from deltamerge.calibrate.q.subject import Subject
 from deltamerge.calibrate.q.variations import Variations
-from deltamerge.calibrate.rows import LANGUAGE, DataRow, select, without
+from deltamerge.calibrate.rows.files import DataRow
+from deltamerge.calibrate.rows.heads import LANGUAGE
+from deltamerge.calibrate.rows.splits import select, without
 from deltamerge.calibrate.spec import held_rows, held_weights, hidden
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.files import progress

@@ -21,8 +21,10 @@ from deltamerge.calibrate.model.passes import Callbacks, Weights, entries, from_
 from deltamerge.calibrate.q import objectives as O
 from deltamerge.calibrate.q.learned import Learner
 from deltamerge.calibrate.q.statistics import LayerStatistics, collect
-from deltamerge.calibrate.rows import LANGUAGE, DataRow, has_head, metric_of, select, split, task_of, without
 from deltamerge.calibrate.rows.batches import Batches, RowReader, check_new_tokens, config_of
+from deltamerge.calibrate.rows.files import DataRow
+from deltamerge.calibrate.rows.heads import LANGUAGE, has_head, metric_of, task_of
+from deltamerge.calibrate.rows.splits import select, split, without
 from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, CalibrationInput, ModelTensors
 from deltamerge.engine.devices import KEPT_SHARE, current, free_bytes, torch_device, torch_devices
 from deltamerge.engine.execute import computed

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from deltamerge.calibrate.model.passes import COMPARED
 from deltamerge.calibrate.model.transformers_code import has_decoder_inputs, reason, running
-from deltamerge.calibrate.rows import POSITIONS, DataRow, check_length, class_labels
 from deltamerge.calibrate.rows.chats import Chat, as_texts
+from deltamerge.calibrate.rows.files import DataRow
+from deltamerge.calibrate.rows.heads import POSITIONS, check_length, class_labels
 from deltamerge.errors import InputError
 
 RESERVED = re.compile(r"\[.*\]|<.*>")  # a token that no text has, whether the tokenizer calls it special or not

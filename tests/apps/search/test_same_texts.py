@@ -10,7 +10,7 @@ import torch
 from conftest import tiny_llama
 
 from deltamerge.apps.search.evaluate import SCORE_KEPT, ScoredTask, _files, measured, open_model, under_head
-from deltamerge.calibrate.rows import read
+from deltamerge.calibrate.rows.files import read
 from deltamerge.recipe.schema import Calibration
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import TensorInfo, viewed
