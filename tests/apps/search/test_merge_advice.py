@@ -555,6 +555,7 @@ def test_a_fit_that_found_nothing_is_not_recommended(folder: Path, monkeypatch) 
     monkeypatch.setattr(merge_advice, "WAYS", (ISO_C, TSV_M))
     monkeypatch.setattr(merge_advice, "SCOPES", SCOPES[1:])
     monkeypatch.setattr(coefficients, "VARIED_RATE", 0.0)
+    monkeypatch.setattr(coefficients, "VARIED_PASSES", 20)
     monkeypatch.setattr(merge_advice, "best_first", lambda judged: sorted(judged, key=lambda way: way.name))
     asked = [{"data": "calib.jsonl", "sequences": 8, "length": 6}]
     found = recommend_merge(NAMES[:2], "base", calibration=asked, options=OPTIONS)
