@@ -147,10 +147,10 @@ class StageMaker:
     def inputs(self, deltas: Deltas, merges: Sequence[Merge], *, gradients: bool = False) -> Node:
         """Return the stage that measures the inputs of every fine-tune's layers, or the gradients of all its
         tensors."""
-        refuse_gathered([t for merge in merges for t in merge.tunes], "use a method without data")
-        wanted = {merge.name for merge in merges} if gradients else set(_layers(merges))
-        parts, tensors = self._shares(deltas, merges, 0, share=1)
-        parts = tuple([replace(p, pruned=tuple(t for t in p.pruned if t.name in wanted)) for p in parts])
+        layers = set(_layers(merges))
+        wanted = [merge for merge in merges if gradients or merge.name in layers]
+        refuse_gathered([t for merge in wanted for t in merge.tunes], "use a method without data")
+        parts, tensors = self._shares(deltas, wanted, 0, share=1)
         function = squares if gradients else second_moments.inputs
         node = deltas.graph.node
         files = node(spool, kind="small", of=(function.__name__, parts))

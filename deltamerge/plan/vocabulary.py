@@ -30,6 +30,8 @@ from deltamerge.tensors.views import gather
 # anonymous memory of a parsed tokenizer.json with a merge per token, measured
 BYTES_PER_TOKEN = 400
 
+UNION = "union"
+
 Rows: TypeAlias = "NDArray[np.int32]"
 
 
@@ -144,6 +146,15 @@ class Vocabulary:
         picks = self._picks(own, base, tuple(_reference(other) for other, _ in present))
         return gather(sources[own], sources, picks, self.padding)
 
+    def rows_of(self, model: Input) -> Rows:
+        """Return the output's row of each of a model's ids; −1 where the output lacks the token."""
+        reference = _reference(model)
+        column = self.columns[reference]
+        (there,) = np.nonzero(column >= 0)
+        found = np.full(self.rows[reference], -1, np.int32)
+        found[column[there]] = there
+        return found
+
     def _picks(self, own: int, base: int | None, present: tuple[str, ...]) -> Rows:
         key = (own, base, present)
         if key not in self._picked:
@@ -212,7 +223,7 @@ def make_vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
         return None
     merged = {_reference(model): model for model in inputs.all}
     among = _reference(start) in merged
-    needed = kind == "union" or (whole is not None and bool(whole.tokens or whole.pad_to_multiple_of))
+    needed = kind == UNION or (whole is not None and bool(whole.tokens or whole.pad_to_multiple_of))
     if not needed and not (fetched(start.checkpoint, whole=not among) / TOKENIZER).is_file():
         return None
     if _reference(inputs.template) not in merged:
@@ -223,7 +234,11 @@ def make_vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
     read = {reference: read_tokens(model.checkpoint) for reference, model in merged.items()}
     first = read[_reference(start)] if among else read_tokens(start.checkpoint)
     if first is None:
-        raise InputError("has no tokenizer.json, which the output's tokenizer would start from", where=start.name)
+        raise InputError(
+            "has no tokenizer.json, which the output's tokenizer would start from",
+            where=start.name,
+            hint="put it into the model's folder, or set tokenizer_source to a model that has one",
+        )
     lacking = [model.name for reference, model in merged.items() if read[reference] is None]
     notes = [f"{name} has no tokenizer: its rows are taken to be the tokens of {start.name}" for name in lacking]
     tokens = {reference: found or first for reference, found in read.items()}
@@ -232,7 +247,7 @@ def make_vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
     others = [(tokens[r], rows[r]) for r in merged if r != _reference(start)]
     ids = {token: i for token, i in first.ids.items() if i < limit}
     dropped = frozenset(first.ids.keys() - ids.keys())
-    entries, new = _missing(first, ids, others if kind == "union" else [], whole.tokens if whole else {})
+    entries, new = _missing(first, ids, others if kind == UNION else [], whole.tokens if whole else {})
     if new:
         begin = max([first.plain, *(ids[token] + 1 for token in first.added if token in ids)])
         if begin != _end(ids):
@@ -246,7 +261,7 @@ def make_vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
         found = _resized(tokens[reference].ids, ids, columns[reference], rows[reference], total)
         notes += [f"{model.name}: {found}"] if found else []
     return Vocabulary(
-        kind if kind in ("union", "base") else start.name,
+        kind if kind in (UNION, "base") else start.name,
         start,
         first,
         ids,

@@ -433,6 +433,8 @@ def test_inspect_and_recommend_warn_of_another_vocabulary(tmp_path, monkeypatch,
     lines = json.loads(out)["warnings"]
     assert any("have other tokens" in line for line in lines)
     assert any("row 297 is '<r1>' in base, '<tool>' in a" in line for line in lines)
+    assert "different vocabularies" in lines[-1]
+    assert "tokenizer_source: union" in json.loads(out)["recipe"]
     code, out, _ = call(capsys, "inspect", "a", "--base", "base", "--json")
     assert json.loads(out)["warnings"] == []
 

@@ -37,9 +37,12 @@ from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file
 from deltamerge.methods.parameters import UsualValue
 from deltamerge.methods.registry import MERGE
+from deltamerge.models.tokenizer_files import read_tokens
+from deltamerge.plan.inputs import Inputs, config_rows
 from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.output_config import remarks_on_configs
 from deltamerge.plan.tokenizer_differences import other_words
+from deltamerge.plan.vocabulary import UNION
 from deltamerge.recipe.schema import Goal, Recipe, Study
 from deltamerge.run.lock import fingerprint
 from deltamerge.run.options import Options
@@ -56,6 +59,8 @@ ROWS_SAVE = (
     "to save a skill: 50 to 100 rows of every task (--calibration): they choose the method and λ, and fit coefficients"
 )
 ROWS_CHOOSE = "give rows with --calibration: they choose method and λ, and fit coefficients"
+VOCABULARY_KEYS = frozenset({"tokenizer_source", "tokenizer"})
+JOINED = f"the models have different vocabularies: tokenizer_source: {UNION} gives the merge the tokens of all"
 DIFFERS = 0.7  # worth of a classifier's answer that differs from the fine-tune's, where merges are compared
 SCOPES = ("layer", "row")  # of coefficients that are fitted
 STUDY = Study.model_validate({"together": 2})
@@ -243,13 +248,15 @@ def merge_advice(
     models would refuse.
     """
     options = options or Options()
-    setting = _Setting(tuple(models), base, _rows_of_each(calibration, models), options.pickles)
     more = dict(keys or {})
+    chosen = bool(VOCABULARY_KEYS & more.keys())
+    setting = _Setting(tuple(models), base, _rows_of_each(calibration, models), options.pickles, chosen)
     # Keys that no recipe has are refused at once; which parameters there are depends on the method.
     parse(setting.recipe(WHOLE, 1.0) | {key: value for key, value in more.items() if key != "parameters"})
-    found, way, factor, fitted = _Adviser(setting, options).advice(fit=fit)
+    adviser = _Adviser(setting, options)
+    found, way, factor, fitted = adviser.advice(fit=fit)
     place = Path.cwd() if folder is None else folder.resolve()
-    recipe = setting.recipe(way, factor, seen=lambda one: seen_from(place, one)) | more
+    recipe = adviser.setting.recipe(way, factor, seen=lambda one: seen_from(place, one)) | more
     head = [f"{found.method}, by `deltamerge recommend`:", *(line for line in found.why if line != ROWS_CHOOSE)]
     return found.model_copy(update={"recipe": with_comment(head, recipe)}), fitted
 
@@ -270,12 +277,18 @@ def names_of(models: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Setting:
-    """The models to merge, their base and their rows."""
+    """The models to merge, their base and their rows.
+
+    chosen   whether further keys of the recipe choose its tokens
+    joined   whether the models have different vocabularies: they are judged with the tokens of all
+    """
 
     models: tuple[str, ...]
     base: str
     rows: tuple[Mapping[str, Any], ...]
     pickles: bool
+    chosen: bool = False
+    joined: bool = False
 
     def __post_init__(self) -> None:
         if len(self.models) < 2:
@@ -315,6 +328,8 @@ class _Setting:
             made["calibration"] = {"per": "merge", "coefficients": way.fitted}
         if way.balanced:
             made["balance"] = "norm"
+        if self.joined and (judged or not self.chosen):
+            made["tokenizer_source"] = UNION
         return made | ({"pickles": True} if self.pickles else {})
 
 
@@ -330,6 +345,11 @@ class _Adviser:
         """Return the advice without its recipe, the input of the recipe, and its fit."""
         start, planning = self.recipe(WHOLE, 1.0), self.candidates.options
         inputs = self.candidates.inputs(start)
+        words = list(other_words(inputs))
+        if joined := _needs_union(inputs, words):
+            self.setting = replace(self.setting, joined=True)
+            start = self.recipe(WHOLE, 1.0)
+            inputs = self.candidates.inputs(start)
         list(remarks_on_configs(inputs, refuse=True))
         roots = self.candidates.of(start).roots
         count, talks = len(self.setting.models), all(has_head(t.checkpoint.config, "causal-lm") for t in inputs.tunes)
@@ -378,7 +398,8 @@ class _Adviser:
                 *unchanged(self.setting.names, conflict),
                 *swapped(inputs),
                 *unrelated(inputs),
-                *other_words(inputs),
+                *words,
+                *([JOINED] if joined and not self.setting.chosen else []),
                 *remarks_on_configs(inputs),
             ],
         )
@@ -568,6 +589,13 @@ def _classes(task: ScoredTask) -> int | None:
     if task.kind in LANGUAGE:
         return None
     return 1 if is_regression(task.config) else int(task.config.num_labels)
+
+
+def _needs_union(inputs: Inputs, words: Sequence[str]) -> bool:
+    """Return whether rows must be matched by token: vocabularies differ in size, or in `words` that can be read."""
+    models = [model.checkpoint for model in inputs.all]
+    apart = len({config_rows(model.config) for model in models}) > 1
+    return apart or (bool(words) and all(read_tokens(model) is not None for model in models))
 
 
 def unchanged(names: Sequence[str], conflict: Conflict) -> list[str]:

@@ -17,10 +17,10 @@ from deltamerge.errors import InputError
 from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.models.references import Models
 from deltamerge.plan.delta_graph import Merge
-from deltamerge.plan.inputs import Inputs, Opener, open_inputs, own_weights
+from deltamerge.plan.inputs import Input, Inputs, Opener, open_inputs, own_weights
 from deltamerge.plan.outputs import Outputs
 from deltamerge.plan.planner import Plan, PlanOptions
-from deltamerge.plan.vocabulary import make_vocabulary
+from deltamerge.plan.vocabulary import UNION, Rows, Vocabulary, make_vocabulary
 from deltamerge.recipe.file import TemplateFile
 from deltamerge.recipe.prune import effective_prune
 from deltamerge.recipe.schema import Recipe, Study
@@ -28,10 +28,12 @@ from deltamerge.run.options import Options
 from deltamerge.run.plans import refuse_absent
 from deltamerge.tensors.names import resident_size
 from deltamerge.tensors.tensor import Graph, Node
+from deltamerge.tensors.views import moves_rows
 
 # Keys on which the models that a recipe opens, and how their tensors are matched, do not depend.
 FREE = frozenset({"parameters", "prune", "seed", "calibration", "study", "dtype", "out_dtype"})
 HINT = "objective: {command: {run: …}} is given the merged folder, whatever it holds"
+KEEP = f"tokenizer_source: union keeps every token; {HINT}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -42,6 +44,8 @@ class RecipeCandidate:
     places   (fine-tune's index, its name of a tensor) -> output name
     merges   output name -> the merge
     stages   nodes that run before the first tile: activations, q's
+    rows     (fine-tune's index, its name of a tensor) -> the output's row of each of its ids, −1 for padding; of
+             tensors whose rows are moved to the output's vocabulary
     """
 
     recipe: Recipe
@@ -49,6 +53,7 @@ class RecipeCandidate:
     places: Mapping[int, Mapping[str, str]]
     merges: Mapping[str, Merge]
     stages: tuple[Node, ...]
+    rows: Mapping[int, Mapping[str, Rows]]
 
 
 @dataclass(eq=False)
@@ -90,17 +95,23 @@ class RecipeCandidates:
             raise InputError(found.problems[0], also=found.problems[1:8], hint=found.hint or None)
         found.settled.check()
         places: dict[int, dict[str, str]] = {tune.index: {} for tune in inputs.tunes if tune.index is not None}
+        moved: dict[int, dict[str, Rows]] = {index: {} for index in places}
         for merge in found.merges:
             if len(rows[merge.name].pieces) > 1:
                 raise InputError(f"{merge.name}: the vocabulary changes, which no fine-tune can run with", hint=HINT)
             for tuned in merge.tunes:
-                _check(merge, tuned.model.name, tuned.tensor.name, tuned.model.checkpoint.tensors)
-                places[tuned.index][tuned.tensor.name] = merge.name
+                name, tensors = tuned.tensor.name, tuned.model.checkpoint.tensors
+                cut = name in tensors and tensors[name].shape != tuned.tensor.shape
+                if vocabulary is not None and (cut or moves_rows(tuned.tensor)):
+                    moved[tuned.index][name] = _own_rows(vocabulary, tuned.model)
+                else:
+                    _check(merge, tuned.model.name, name, tensors)
+                places[tuned.index][name] = merge.name
         stages = found.builder.deltas.stages
         whole = [node for node in (stages.totals, stages.rows) if node is not None]
         nodes = (*stages.activations.values(), *stages.cuts.values(), *stages.calibrations, *whole)
         roots = {merge.name: rows[merge.name].pieces[0].built.root for merge in found.merges}
-        return RecipeCandidate(recipe, roots, places, {merge.name: merge for merge in found.merges}, nodes)
+        return RecipeCandidate(recipe, roots, places, {merge.name: merge for merge in found.merges}, nodes, moved)
 
 
 def candidates_of(file: TemplateFile, options: Options) -> RecipeCandidates:
@@ -120,6 +131,14 @@ def candidates_in(folder: Path, options: Options, *, pickles: bool) -> RecipeCan
         return opened[reference]
 
     return RecipeCandidates(folder, opener, options.planning)
+
+
+def _own_rows(vocabulary: Vocabulary, model: Input) -> Rows:
+    """Return the output's row of each of a model's ids. InputError: the output lacks some of its tokens."""
+    rows = vocabulary.rows_of(model)
+    if vocabulary.kind != UNION and bool((rows < 0).any()):
+        raise InputError(f"{model.name}: the output lacks some of its rows, which its texts may need", hint=KEEP)
+    return rows
 
 
 def _check(merge: Merge, model: str, name: str, tensors: Mapping[str, Any]) -> None:

@@ -40,6 +40,7 @@ from deltamerge.engine.execute import Task as Piece
 from deltamerge.engine.execute import computed, default_workers, execute, shared_values
 from deltamerge.errors import InputError
 from deltamerge.methods.ops import dense
+from deltamerge.plan.vocabulary import Rows
 from deltamerge.recipe.schema import Goal, Recipe, Study
 from deltamerge.tensors.dtypes import nbytes_of, torch_dtype
 from deltamerge.tensors.names import resident_size
@@ -109,12 +110,14 @@ class Walk:
 
     def weights(self, k: int, index: int, task: ScoredTask) -> Weights:
         """Candidate k's weights below the head of a task, which is the fine-tune `index`'s."""
-        places = self.candidates[k].places[index]
+        candidate = self.candidates[k]
+        places = candidate.places[index]
 
         def of(names: Sequence[str]) -> dict[str, Tensor]:
             merged = self.tensors(k, [places[name] for name in names if name in places])
             others = task.own([name for name in names if name not in places])
-            return {**{name: merged[places[name]] for name in names if name in places}, **others}
+            found = {name: merged[places[name]] for name in names if name in places}
+            return {**in_own_rows(found, candidate.rows[index], task), **others}
 
         return of
 
@@ -175,6 +178,20 @@ class Walk:
 
     def _run(self, roots: Mapping[str, Node]) -> dict[str, NDArray[np.uint8]]:
         return computed(roots, self.reader, device=self.device, known=self.known)
+
+
+def in_own_rows(tensors: Mapping[str, Tensor], rows: Mapping[str, Rows], task: ScoredTask) -> dict[str, Tensor]:
+    """Return tensors of a merge with rows in the order of the fine-tune's own vocabulary.
+
+    `rows` has the merge's row of each of its ids. Padding, −1, keeps the fine-tune's own rows.
+    """
+    found = dict(tensors)
+    for name in tensors.keys() & rows.keys():
+        index = torch.from_numpy(rows[name]).to(tensors[name].device, torch.int64)
+        found[name] = tensors[name][index.clamp_min(0)]
+        if bool((index < 0).any()):
+            found[name][index < 0] = task.own([name])[name][index < 0].to(found[name].dtype)
+    return found
 
 
 def _common(roots: Sequence[Node]) -> list[Node]:
@@ -381,12 +398,13 @@ class StudyJudge:
         return found
 
     def _base(self, index: int) -> Weights:
-        task, places = self.tasks[index], self.start.places[index]
+        task, places, rows = self.tasks[index], self.start.places[index], self.start.rows[index]
 
         def of(names: Sequence[str]) -> dict[str, Any]:
             bases = {name: self.start.merges[places[name]].base for name in names if name in places}
             infos = {name: bases.get(name) or task.checkpoint.tensors[name] for name in names}
-            return {name: task.stored(info) for name, info in infos.items()}
+            found = {name: task.stored(info) for name, info in infos.items()}
+            return in_own_rows(found, {name: rows[name] for name in rows if bases.get(name)}, task)
 
         return of
 
