@@ -413,7 +413,7 @@ def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
     """Raise InputError if a tensor has other rows than its file, because a stage keeps the fine-tune's vocabulary."""
     for tuned in tensors:
         if any(info is not None and moves_rows(info) for info in (tuned.tensor, tuned.merge.base)):
-            message = f"{tuned.name}: cannot be pruned with calibration while its vocabulary changes"
+            message = f"{tuned.name}: its vocabulary changes, and this calibration runs models with their own"
             raise InputError(message, hint=hint)
         if tuned.model.regroups(tuned.tensor):
             message = f"{tuned.name}: {tuned.model.name} stores its experts otherwise than the output"
