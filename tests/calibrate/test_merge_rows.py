@@ -18,6 +18,7 @@ from running import make_plan, run
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
 
+from deltamerge.calibrate.merge import coefficients
 from deltamerge.calibrate.model import candidates
 from deltamerge.calibrate.model.candidates import ReadDelta, combined
 from deltamerge.calibrate.q.variations import MixedRows
@@ -532,3 +533,12 @@ def test_the_data_of_classifiers_is_mixed_in_each_turn(classifiers: Path, monkey
         assert seen == wanted
         assert record["forward_passes"] <= passes
     assert turns > 5
+
+
+def test_texts_of_like_length_run_together_and_go_back_as_they_fit() -> None:
+    lengths = {"a": 9, "b": 2, "c": 9, "d": 3, "e": 2}
+    assert coefficients._alike(lengths, 2) == [["b", "e"], ["d", "a"], ["c"]]
+    for room, want in ((0, [1] * 4), (5, [2, 1, 1]), (6, [2, 1, 1]), (9, [3, 1]), (99, [4])):
+        found = coefficients._fitting([2, 3, 4, 5], room)
+        assert [len(some) for some in found] == want
+        assert [number for some in found for number in some] == [0, 1, 2, 3]

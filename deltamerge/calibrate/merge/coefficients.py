@@ -19,8 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import zip_longest
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deltamerge.calibrate.rows.heads import LANGUAGE
 from deltamerge.calibrate.spec import (
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.q.subject import HeldOutMeasure, Subject
     from deltamerge.calibrate.q.variations import MixedRows
 
+T = TypeVar("T")
 Coefficients = Mapping[str, "Tensor"]
 """By the tensor's name in the output (K) or (K, …) of rows: a factor of each of its K deltas."""
 RATE, VARIED_RATE = 0.1, 0.05  # of Adam, at the first step; it falls to 0 in a line
@@ -245,6 +245,22 @@ def _joined(batches: Sequence[Inputs], pad: int) -> dict[str, Tensor]:
     }
 
 
+def _alike(lengths: Mapping[T, int], count: int) -> list[list[T]]:
+    """Return what is to run together, `count` at most of like length: padding takes as long as texts."""
+    ordered = sorted(lengths, key=lambda one: lengths[one])
+    return [ordered[at : at + count] for at in range(0, len(ordered), count)]
+
+
+def _fitting(sizes: Sequence[int], room: int) -> list[range]:
+    """Return the numbers of batches that go back together: as many as fit, one at least."""
+    found, first = list[range](), 0
+    for number in range(1, len(sizes) + 1):
+        if number == len(sizes) or sum(sizes[first : number + 1]) > room:
+            found.append(range(first, number))
+            first = number
+    return found
+
+
 def _places(batches: Sequence[Inputs]) -> int:
     """Count the tokens of one batch of the rows of several, with padding."""
     return sum(len(batch["input_ids"]) for batch in batches) * max(batch["input_ids"].shape[1] for batch in batches)
@@ -278,7 +294,7 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     PATIENCE of them in a row that are no better end it, but not where rows are varied.
     """
     from deltamerge.calibrate.model.candidates import Shared
-    from deltamerge.calibrate.model.devices import add_gradients, in_turns, shares
+    from deltamerge.calibrate.model.devices import add_gradients, in_turns
     from deltamerge.calibrate.q.learned import descend
 
     every = range(len(merge.subjects))
@@ -305,16 +321,21 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
         return sum(value / scale for value, scale in zip(values, scales, strict=True)) / len(tasks)
 
     def descend_all(step: int) -> None:
-        """Run the rows of all fine-tunes at once: the first batch of each, the second, …"""
+        """Run the rows of all fine-tunes at once, texts of like length together."""
         of_step = [task.step(step) for task in tasks]
         sizes = [
             sum(map(task.learned.count, group)) * scale * len(tasks)
             for task, group, scale in zip(tasks, of_step, scales, strict=True)
         ]
         pad = merge.subjects[0].reads.pad_token_id or 0
-        numbers = [[(i, b) for i, b in enumerate(some) if b is not None] for some in zip_longest(*of_step)]
+        lengths = {
+            (i, b): task.learned.batches[b]["input_ids"].shape[1]
+            for i, (task, group) in enumerate(zip(tasks, of_step, strict=True))
+            for b in group
+        }
+        numbers = _alike(lengths, max(1, TOGETHER // size))
         batches = [[tasks[i].learned.batches[b] for i, b in some] for some in numbers]
-        states = max(4 * width(merge.spec.source) * len(merge.model.blocks) * _places(some) for some in batches)
+        states = [4 * width(merge.spec.source) * len(merge.model.blocks) * _places(some) for some in batches]
 
         def loss(first: int, place: int, output: BlockOutput) -> Tensor:
             number = first + place
@@ -323,7 +344,7 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
                 total = total + tasks[i].learned.loss(b, own)[0] / sizes[i]
             return total
 
-        for some in shares(range(len(batches)), math.ceil(len(batches) * states / STATES_BYTES)):
+        for some in _fitting(states, STATES_BYTES):
             joined = [_joined(batches[number], pad) for number in some]
             merge.model.descend(joined, merge.weights(0, of_name()), partial(loss, some[0]))
             for i, b in (one for number in some for one in numbers[number]):
