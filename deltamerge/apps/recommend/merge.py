@@ -592,7 +592,10 @@ def _classes(task: ScoredTask) -> int | None:
 
 
 def _needs_union(inputs: Inputs, words: Sequence[str]) -> bool:
-    """Return whether rows must be matched by token: vocabularies differ in size, or in `words` that can be read."""
+    """Return whether rows must be matched by token: vocabularies have different sizes, or different words.
+
+    `words` are the messages about different words. They count where every tokenizer can be read.
+    """
     models = [model.checkpoint for model in inputs.all]
     apart = len({config_rows(model.config) for model in models}) > 1
     return apart or (bool(words) and all(read_tokens(model) is not None for model in models))

@@ -40,12 +40,12 @@ KEEP = f"tokenizer_source: union keeps every token; {HINT}"
 class RecipeCandidate:
     """A recipe, and the merged tensors of its output.
 
-    roots    output name -> the node of the tensor, rounded to the output's dtype
-    places   (fine-tune's index, its name of a tensor) -> output name
-    merges   output name -> the merge
-    stages   nodes that run before the first tile: activations, q's
-    rows     (fine-tune's index, its name of a tensor) -> the output's row of each of its ids, −1 for padding; of
-             tensors whose rows are moved to the output's vocabulary
+    roots        output name -> the node of the tensor, rounded to the output's dtype
+    places       (fine-tune's index, its name of a tensor) -> output name
+    merges       output name -> the merge
+    stages       nodes that run before the first tile: activations, q's
+    token_rows   (fine-tune's index, its name of a tensor) -> the output's row of each of its ids, −1 for padding; of
+                 tensors whose rows are moved to the output's vocabulary
     """
 
     recipe: Recipe
@@ -53,7 +53,7 @@ class RecipeCandidate:
     places: Mapping[int, Mapping[str, str]]
     merges: Mapping[str, Merge]
     stages: tuple[Node, ...]
-    rows: Mapping[int, Mapping[str, Rows]]
+    token_rows: Mapping[int, Mapping[str, Rows]]
 
 
 @dataclass(eq=False)

@@ -117,7 +117,7 @@ class Walk:
             merged = self.tensors(k, [places[name] for name in names if name in places])
             others = task.own([name for name in names if name not in places])
             found = {name: merged[places[name]] for name in names if name in places}
-            return {**in_own_rows(found, candidate.rows[index], task), **others}
+            return {**in_own_rows(found, candidate.token_rows[index], task), **others}
 
         return of
 
@@ -398,7 +398,7 @@ class StudyJudge:
         return found
 
     def _base(self, index: int) -> Weights:
-        task, places, rows = self.tasks[index], self.start.places[index], self.start.rows[index]
+        task, places, rows = self.tasks[index], self.start.places[index], self.start.token_rows[index]
 
         def of(names: Sequence[str]) -> dict[str, Any]:
             bases = {name: self.start.merges[places[name]].base for name in names if name in places}
