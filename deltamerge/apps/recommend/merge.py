@@ -426,12 +426,14 @@ class _Adviser:
         """Return all ways, and the ways that can be chosen.
 
         Each way is tried at its usual λ, and those of the best whose λ is searched at others. Coefficients are fitted
-        by layer from the best, and by row from what is recommended without rows: they move so far that few rows need
-        not choose their start. They can be chosen if they lose less than the best on the held-out rows. These rows
-        alone then judge all ways.
+        by layer from the best. Those of classifiers are fitted by row, too, from what is recommended without rows: they
+        move so far that few rows need not choose their start. Fits can be chosen if they lose less than the best on the
+        held-out rows. These rows alone then judge all ways.
         """
         trials = _Trials(self, judge, conflict, classes)
-        count = len(self.setting.models)
+        count, talks = len(self.setting.models), None in classes.values()
+        if talks:  # by row a fit kept no more than its start, or less than by layer (docs/measurements/merging.md)
+            scopes = [scope for scope in scopes if scope != "row"]
         with progress.phase("trying merges", len(WAYS) + FINALISTS + len(scopes), "methods") as trying:
             for way in WAYS:
                 trials.try_at(way, [way.usual(count)])
@@ -442,7 +444,7 @@ class _Adviser:
                 trying.step(1)
             found = {way: trials.candidate(way) for way in WAYS}
             good = best_first({way: found[way] for way in leaders if found[way].error is None})
-            without, usual, _ = without_rows(conflict, count, talks=None in classes.values())
+            without, usual, _ = without_rows(conflict, count, talks=talks)
             starts = {"layer": good[0], "row": without} if good else {}
             fits = {scope: start.by(scope) for scope, start in starts.items() if scope in scopes}
             for scope, way in fits.items():
