@@ -432,7 +432,7 @@ class _Adviser:
         """
         trials = _Trials(self, judge, conflict, classes)
         count, talks = len(self.setting.models), None in classes.values()
-        if talks:  # by row a fit kept no more than its start, or less than by layer (docs/measurements/merging.md)
+        if talks:  # by row a fit of theirs added nothing that test rows show (docs/measurements/merging.md)
             scopes = [scope for scope in scopes if scope != "row"]
         with progress.phase("trying merges", len(WAYS) + FINALISTS + len(scopes), "methods") as trying:
             for way in WAYS:
