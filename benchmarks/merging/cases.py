@@ -186,7 +186,7 @@ def told(scores: Scores, rows: int) -> tuple[tuple[str, float], list[SkillForeca
     ways = [way for way in WAYS if way.name in METHODS]
     judged = {way: candidate(scores, way, 1.0, rows) for way in ways}
     leaders = best_first(judged)[:FINALISTS]
-    for way in filter(lambda one: one.is_searched, leaders):
+    for way in [one for one in leaders if one.is_searched]:
         lost = {f: fmean(scores.lost((way.name, f), task, slice(rows)) for task in scores.case.tasks) for f in FACTORS}
         judged[way] = candidate(scores, way, way.better(lost, 1.0), rows)
     way, factor, _ = with_rows(judged, leaders)

@@ -23,6 +23,7 @@ from deltamerge.models.checkpoint import Checkpoint, by_component, decoded
 from deltamerge.models.matching import ExpertForm, form_of, in_order, regrouped, shared_names
 from deltamerge.models.references import Models
 from deltamerge.recipe import yaml_source
+from deltamerge.recipe.output_keys import UNION
 from deltamerge.recipe.prune import effective_prune
 from deltamerge.recipe.schema import CalibratedQ, Recipe, Section, model_name
 from deltamerge.tensors.experts import is_joined, is_turned_stack
@@ -301,7 +302,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
 
     named: list[tuple[str, int | None, Checkpoint]] = []
     own = {"base", recipe.base_model}
-    lends = recipe.tokenizer_of in own or recipe.tokenizer_of == "union"
+    lends = recipe.tokenizer_of in own or recipe.tokenizer_of == UNION
     bases = dict.fromkeys(part.base for part in recipe.parts if part.base is not None and apart(part))
     read = set(bases)
     if recipe.base_model is not None and (recipe.template in own or recipe.output.rules.patches):
@@ -462,7 +463,7 @@ def _vocabulary(
     wanted = recipe.tokenizer_of
     if wanted is None:
         return None
-    if wanted == "union":
+    if wanted == UNION:
         return base or tunes[0]
     found = input_named(wanted, recipe, base, tunes)
     return found or Input(wanted, None, checkpoint(wanted, "tokenizer_source"), {}, {})

@@ -34,6 +34,7 @@ from deltamerge.models.tokenizer_files import (
 )
 from deltamerge.models.vocabulary_files import FILES, SENTENCEPIECE, Reading, Words, same_step
 from deltamerge.plan.inputs import Input, Inputs, config_rows, has_vocabulary_rows
+from deltamerge.recipe.output_keys import UNION
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.names import TOKEN_EMBEDDING, TOKEN_HEAD, layer_index
 
@@ -47,7 +48,7 @@ SHOWN = 2  # rows in a message
 LONGEST = 40  # characters of a token in a message
 # Keys of tokenizer_config.json on how text is cut.
 SETTINGS = ("add_bos_token", "add_eos_token", "add_prefix_space", "do_lower_case")
-UNION = "tokenizer_source: union"
+BY_TOKEN = f"tokenizer_source: {UNION}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ def compare_tokenizers(recipe: Recipe, inputs: Inputs, meeting: Collection[str],
     based = recipe.method.deltas
     written = _tokenizers(source, meeting, based=based, written=True)
     models = [_tokenizers(model, meeting, based=based) for model in inputs.all]
-    chosen = recipe.template is not None or recipe.transplant is not None or recipe.tokenizer_of not in (None, "union")
+    chosen = recipe.template is not None or recipe.transplant is not None or recipe.tokenizer_of not in (None, UNION)
     several = len(meeting) > 1
     warnings, notes, reading = list[str](), list[str](), Reading()
     for place in dict.fromkeys(place for places in (written, *models) for place in places):
@@ -206,7 +207,7 @@ def _way(recipe: Recipe, name: str, *, several: bool) -> str:
     if not several:
         return f"tokenizer_source: {name}, whose rows the output has, writes its tokenizer"
     base = " (or base)" if recipe.base_model is not None else ""
-    return f"{UNION}{base} matches rows by token; without it they are merged by number"
+    return f"{BY_TOKEN}{base} matches rows by token; without it they are merged by number"
 
 
 def _tail(found: _Finding, written: str, *, chosen: bool) -> str:
@@ -220,7 +221,7 @@ def _tail(found: _Finding, written: str, *, chosen: bool) -> str:
         return said
     name = next((model.name for model in found.of if not model.is_base), found.of[0].name)
     if found.kind in ("rows", "more"):
-        return f"{said}; {UNION} keeps every token with its own row"
+        return f"{said}; {BY_TOKEN} keeps every token with its own row"
     if found.kind == "template":
         return f"{said}; chat_template: {found.asked or name} chooses another"
     return f"{said}; tokenizer_source: {name} writes that of {name}"

@@ -20,7 +20,7 @@ from deltamerge.models.tokenizer_files import (
     read_tokens,
 )
 from deltamerge.plan.inputs import Input, Inputs, config_rows, has_vocabulary_rows, input_named, sizes
-from deltamerge.recipe.output_keys import BUILT_IN, ModelToken, Token, ZeroToken, is_literal
+from deltamerge.recipe.output_keys import BUILT_IN, UNION, ModelToken, Token, ZeroToken, is_literal
 from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.lazy import NDArray
 from deltamerge.tensors.lazy import numpy as np
@@ -29,8 +29,6 @@ from deltamerge.tensors.views import gather
 
 # anonymous memory of a parsed tokenizer.json with a merge per token, measured
 BYTES_PER_TOKEN = 400
-
-UNION = "union"
 
 Rows: TypeAlias = "NDArray[np.int32]"
 

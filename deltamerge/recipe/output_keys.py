@@ -33,6 +33,7 @@ class OutputRules:
     accumulates: bool = False
 
 
+UNION = "union"  # source of a tokenizer: the tokens of all models
 KINDS: Mapping[str, OutputRules] = MappingProxyType(
     {
         "model": OutputRules("checkpoint", standalone=True, reusable=True),
@@ -218,7 +219,7 @@ class Token(Keys):
 class Tokenizer(Keys):
     """The output's tokenizer, in full."""
 
-    source: Text = Field("union", description="Whose tokens the output has: base, union, or a model.")
+    source: Text = Field(UNION, description="Whose tokens the output has: base, union, or a model.")
     tokens: dict[str, Token] = Field({}, description="Where single tokens' rows come from; new tokens are appended.")
     transplant: Reference | None = Field(
         None,

@@ -16,7 +16,7 @@ from running import make_plan
 
 from deltamerge.calibrate.model.blocks import BlockModel, from_reader
 from deltamerge.calibrate.model.passes import COMPARED
-from deltamerge.calibrate.q.objectives import Distribution, OutputChange, SameAnswers
+from deltamerge.calibrate.q.objectives import Distribution, OutputChange, SameAnswers, collected
 from deltamerge.calibrate.q.variations import Variations
 from deltamerge.calibrate.rows import files as rows
 from deltamerge.calibrate.rows.batches import RowReader, config_of, said
@@ -116,8 +116,11 @@ def test_objectives_are_of_completions_alone(folder: Path, tmp_path: Path, kind:
             whole = plain(**given).logits
         logits[name] = torch.stack([whole[at] for at in wanted]).numpy()
     theirs, ours = logits["a"], logits["base"]
-    options = {"regression": False} if kind is SameAnswers else {}
-    objective = kind.of(model, from_reader(tensors["a"].__getitem__), [made], **options)
+    tuned = from_reader(tensors["a"].__getitem__)
+    if kind is SameAnswers:
+        (objective,) = collected(model, tuned, [made], [SameAnswers.compared([made], regression=False)])
+    else:
+        objective = kind.of(model, tuned, [made])
     (parts,) = model.run([made], [from_reader(tensors["base"].__getitem__)], objective.reduce)
     if kind is SameAnswers:
         reference = np.mean(theirs.argmax(-1) != ours.argmax(-1))

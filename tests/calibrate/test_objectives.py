@@ -26,6 +26,7 @@ from deltamerge.calibrate.q.objectives import (
     OutputChange,
     SameAnswers,
     Validation,
+    collected,
     evaluate,
     head_inputs,
     is_regression,
@@ -157,7 +158,8 @@ def test_states_that_a_head_reads(architecture: str, head: str, tmp_path: Path) 
 def test_same_answers(architecture: str, regression: bool, tmp_path: Path) -> None:
     """Of classes and of real tokens the share that are equal; of numbers their correlation."""
     pair = Pair(architecture, tmp_path)
-    objective = SameAnswers.of(pair.model, pair.tuned, pair.data, regression=regression)
+    comparison = SameAnswers.compared(pair.data, regression=regression)
+    (objective,) = collected(pair.model, pair.tuned, pair.data, [comparison])
     rebuilt = {n: t + pair.masked[n] / 0.4 for n, t in pair.base.items()}
     tuned, other = (np.concatenate([z for z, _ in pair.outputs(t)]) for t in (pair.tune, rebuilt))
     want = np.mean(tuned.argmax(1) == other.argmax(1))

@@ -1,8 +1,8 @@
 """Recommend a merge of several fine-tunes: the method and its coefficients, beside measurements.
 
-From the weights alone the angles decide. With rows, every method of `WAYS` is tried at its usual λ, and those of the
-best that have no rule at others. Coefficients are fitted from the best, and from what is recommended without rows.
-Candidates are judged as in a search: in memory, on each fine-tune's own rows and by its own head.
+From the weights alone the angles decide. With rows, every method of `WAYS` is tried at its usual λ. Other λ are tried
+for a method among the best that has no rule for λ. Then coefficients are fitted. Candidates are judged as in a search:
+in memory, on each fine-tune's own rows and by its own head.
 `lost` is the distance of a merge's outputs from the fine-tune's, divided by the base's. An agreement is how often it
 answers as the fine-tune does.
 """
@@ -41,8 +41,8 @@ from deltamerge.models.tokenizer_files import read_tokens
 from deltamerge.plan.inputs import Inputs, config_rows
 from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.output_config import remarks_on_configs
-from deltamerge.plan.tokenizer_differences import other_words
-from deltamerge.plan.vocabulary import UNION
+from deltamerge.plan.tokenizer_differences import BY_TOKEN, other_words
+from deltamerge.recipe.output_keys import UNION
 from deltamerge.recipe.schema import Goal, Recipe, Study
 from deltamerge.run.lock import fingerprint
 from deltamerge.run.options import Options
@@ -60,7 +60,7 @@ ROWS_SAVE = (
 )
 ROWS_CHOOSE = "give rows with --calibration: they choose method and λ, and fit coefficients"
 VOCABULARY_KEYS = frozenset({"tokenizer_source", "tokenizer"})
-JOINED = f"the models have different vocabularies: tokenizer_source: {UNION} gives the merge the tokens of all"
+JOINED = f"the models have different vocabularies: {BY_TOKEN} gives the merge the tokens of all"
 DIFFERS = 0.7  # worth of a classifier's answer that differs from the fine-tune's, where merges are compared
 SCOPES = ("layer", "row")  # of coefficients that are fitted
 STUDY = Study.model_validate({"together": 2})
@@ -425,10 +425,10 @@ class _Adviser:
     ) -> tuple[dict[Way, MergeCandidate], list[Way]]:
         """Return all ways, and the ways that can be chosen.
 
-        Each way is tried at its usual λ, and those of the best whose λ is searched at others. Coefficients are fitted
-        by layer from the best. Those of classifiers are fitted by row, too, from what is recommended without rows: they
-        move so far that few rows need not choose their start. Fits can be chosen if they lose less than the best on the
-        held-out rows. These rows alone then judge all ways.
+        Each way is tried at its usual λ. The best ways settle theirs. Coefficients are fitted by layer from the best.
+        Those of classifiers are fitted by row, too, from what is recommended without rows: they move so far that few
+        rows need not choose their start. A fit can be chosen if it loses less than the best on the held-out rows. These
+        rows alone then judge all ways.
         """
         trials = _Trials(self, judge, conflict, classes)
         count, talks = len(self.setting.models), None in classes.values()

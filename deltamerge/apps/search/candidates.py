@@ -20,8 +20,10 @@ from deltamerge.plan.delta_graph import Merge
 from deltamerge.plan.inputs import Input, Inputs, Opener, open_inputs, own_weights
 from deltamerge.plan.outputs import Outputs
 from deltamerge.plan.planner import Plan, PlanOptions
-from deltamerge.plan.vocabulary import UNION, Rows, Vocabulary, make_vocabulary
+from deltamerge.plan.tokenizer_differences import BY_TOKEN
+from deltamerge.plan.vocabulary import Rows, Vocabulary, make_vocabulary
 from deltamerge.recipe.file import TemplateFile
+from deltamerge.recipe.output_keys import UNION
 from deltamerge.recipe.prune import effective_prune
 from deltamerge.recipe.schema import Recipe, Study
 from deltamerge.run.options import Options
@@ -33,7 +35,7 @@ from deltamerge.tensors.views import moves_rows
 # Keys on which the models that a recipe opens, and how their tensors are matched, do not depend.
 FREE = frozenset({"parameters", "prune", "seed", "calibration", "study", "dtype", "out_dtype"})
 HINT = "objective: {command: {run: …}} is given the merged folder, whatever it holds"
-KEEP = f"tokenizer_source: union keeps every token; {HINT}"
+KEEP = f"{BY_TOKEN} keeps every token; {HINT}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -406,13 +406,8 @@ class SameAnswers:
     regression: bool
 
     @classmethod
-    def of(cls, model: BlockModel, tune: Weights, batches: Sequence[Inputs], *, regression: bool) -> SameAnswers:
-        """Collect the fine-tune's answers, a number each, or its logits (B, C)."""
-        return collected(model, tune, batches, [cls.compared(batches, regression=regression)])[0]
-
-    @classmethod
     def compared(cls, batches: Sequence[Inputs], *, regression: bool) -> Comparison[SameAnswers]:
-        """Return the comparison with a fine-tune that has not run yet."""
+        """Return the comparison with the answers of a fine-tune, a number each, or its logits (B, C)."""
         made = cls(batches, [], regression)
         return Comparison(made._answers, lambda targets: replace(made, targets=targets))
 
