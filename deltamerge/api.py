@@ -134,7 +134,8 @@ def merge(
                        method
         keys           other keys of the recipe: parameters, prune, calibration, dtype, tokenizer_source, output, …
 
-    Without a method, a method is chosen and its recipe written to OUT.yaml, as `deltamerge merge` does.
+    Without a method, a method is chosen and its recipe written to OUT.yaml, as `deltamerge merge` does. It is chosen
+    for merges with the other keys; base_model, parameters, balance and calibration are chosen with it.
 
     RecipeError: the recipe is refused. DeltamergeError: any error that `deltamerge run` would print.
     """

@@ -60,6 +60,7 @@ ROWS_SAVE = (
 )
 ROWS_CHOOSE = "give rows with --calibration: they choose method and λ, and fit coefficients"
 VOCABULARY_KEYS = frozenset({"tokenizer_source", "tokenizer"})
+CHOSEN_KEYS = ("base_model", "merge_method", "models", "parameters", "balance", "calibration")
 JOINED = f"the models have different vocabularies: {BY_TOKEN} gives the merge the tokens of all"
 DIFFERS = 0.7  # worth of a classifier's answer that differs from the fine-tune's, where merges are compared
 SCOPES = ("layer", "row")  # of coefficients that are fitted
@@ -242,21 +243,22 @@ def merge_advice(
         calibration    rows as in a recipe: none, one for all models, or one a model in their order
         fit            whether coefficients are fitted, too
         folder         of the recipe; default: the current one
-        keys           more keys of the recipe
+        keys           more keys of the recipe, which candidates have, too; none of CHOSEN_KEYS
 
-    UsageError: fewer than two models, or another number of `calibration`. InputError: what a run, or a search, of these
-    models would refuse.
+    UsageError: fewer than two models, another number of `calibration`, or keys that are chosen. InputError: what a run,
+    or a search, of these models would refuse.
     """
     options = options or Options()
     more = dict(keys or {})
-    chosen = bool(VOCABULARY_KEYS & more.keys())
-    setting = _Setting(tuple(models), base, _rows_of_each(calibration, models), options.pickles, chosen)
-    # Keys that no recipe has are refused at once; which parameters there are depends on the method.
-    parse(setting.recipe(WHOLE, 1.0) | {key: value for key, value in more.items() if key != "parameters"})
+    if taken := [key for key in CHOSEN_KEYS if key in more]:
+        hint = 'give them with a method, as in method="ties"; keys of calibration stand beside its data, in rows'
+        raise UsageError(f"{', '.join(taken)}: chosen with the method", hint=hint)
+    setting = _Setting(tuple(models), base, _rows_of_each(calibration, models), options.pickles, more)
+    parse(setting.recipe(WHOLE, 1.0))  # keys that no recipe has are refused at once
     adviser = _Adviser(setting, options)
     found, way, factor, fitted = adviser.advice(fit=fit)
     place = Path.cwd() if folder is None else folder.resolve()
-    recipe = adviser.setting.recipe(way, factor, seen=lambda one: seen_from(place, one)) | more
+    recipe = adviser.setting.recipe(way, factor, seen=lambda one: seen_from(place, one))
     head = [f"{found.method}, by `deltamerge recommend`:", *(line for line in found.why if line != ROWS_CHOOSE)]
     return found.model_copy(update={"recipe": with_comment(head, recipe)}), fitted
 
@@ -279,7 +281,7 @@ def names_of(models: Sequence[str]) -> list[str]:
 class _Setting:
     """The models to merge, their base and their rows.
 
-    chosen   whether further keys of the recipe choose its tokens
+    keys     further keys of the recipe
     joined   whether the models have different vocabularies: they are judged with the tokens of all
     """
 
@@ -287,7 +289,7 @@ class _Setting:
     base: str
     rows: tuple[Mapping[str, Any], ...]
     pickles: bool
-    chosen: bool = False
+    keys: Mapping[str, Any] = field(default_factory=dict)
     joined: bool = False
 
     def __post_init__(self) -> None:
@@ -305,10 +307,16 @@ class _Setting:
         """Return the last part of every model's path, with its number where that is not its own."""
         return names_of(self.models)
 
+    @property
+    def chosen(self) -> bool:
+        """Tell whether further keys choose the tokens."""
+        return bool(VOCABULARY_KEYS & self.keys.keys())
+
     def recipe(
         self, way: Way, factor: float, *, judged: bool = False, seen: Callable[[str], str] = str
     ) -> dict[str, Any]:
-        """Return the recipe of a way at a λ. `judged`: with the rows of every model, whether it needs them or not."""
+        """Return the recipe of a way at a λ. `judged`: as a checkpoint, with the rows of every model, whether it needs
+        them or not."""
         known, models = MERGE[way.method].parameters, []
         for i, (model, name) in enumerate(zip(self.models, self.names, strict=True)):
             whole = f"{self.base}+{model}" if is_adapter(os.path.expanduser(model), Path.cwd()) else model
@@ -328,9 +336,13 @@ class _Setting:
             made["calibration"] = {"per": "merge", "coefficients": way.fitted}
         if way.balanced:
             made["balance"] = "norm"
+        if self.pickles:
+            made["pickles"] = True
+        apart = {"output", *VOCABULARY_KEYS} if judged else set()
+        made |= {key: value for key, value in self.keys.items() if key not in apart}
         if self.joined and (judged or not self.chosen):
             made["tokenizer_source"] = UNION
-        return made | ({"pickles": True} if self.pickles else {})
+        return made
 
 
 class _Adviser:
@@ -374,8 +386,8 @@ class _Adviser:
                 way, factor, why = with_rows(found, good)
                 forecast = found[way].forecast
                 if way.fitted is not None:
-                    recipe = self.recipe(way, factor)
-                    fitted = FoundFit(fingerprint(recipe), judge.calibrated(recipe))
+                    written = parse(self.setting.recipe(way, factor))
+                    fitted = FoundFit(fingerprint(written), judge.calibrated(self.recipe(way, factor)))
             else:
                 way, factor, why = without_rows(conflict, count, talks=talks)
                 forecast = of_weights(self.setting.names, conflict, way.method)

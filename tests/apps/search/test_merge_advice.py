@@ -525,6 +525,24 @@ def test_a_merge_fits_coefficients_once(folder: Path, tmp_path: Path, capsys, mo
     assert (code, len(fits), "up to date" in err) == (0, 3, True)
 
 
+def test_a_merge_with_further_keys_fits_coefficients_once(folder: Path, tmp_path: Path, monkeypatch) -> None:
+    """Candidates have the keys, too; the form of the output is the merge's alone."""
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(merge_advice, "WAYS", (TSV_M,))
+    monkeypatch.setattr(merge_advice, "SCOPES", SCOPES[1:])
+    fits, fit = [], coefficients._fit
+    monkeypatch.setattr(coefficients, "_fit", lambda *given: (fits.append(given), fit(*given))[1])
+    rows = {"data": "calib.jsonl", "sequences": 8, "length": 6}
+    few = {"rows": rows, "device": "cpu", "workers": 1, "dtype": "float32", "output": {"shard_size": "1MB"}}
+    made = deltamerge.merge(NAMES[:2], tmp_path / "made", base="base", **few)
+    assert made.lock["calibration"]["merge"]["coefficients"] == "row"
+    assert len(fits) == 1
+    prune = {"method": "dare", "density": 0.5}
+    pruned = deltamerge.merge(NAMES[:2], tmp_path / "pruned", base="base", prune=prune, **few)
+    assert len(fits) == 2
+    assert pruned.lock["calibration"] != made.lock["calibration"]
+
+
 def test_a_recipe_elsewhere_names_both_parts_of_an_adapter(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("base", "a", "lo+ra", "sub"):
@@ -588,6 +606,8 @@ def test_merge_from_python_without_a_method(folder: Path, tmp_path: Path) -> Non
         deltamerge.merge(models, tmp_path / "other", base=base, rows="x.jsonl")
     with pytest.raises(RecipeError, match="nosuch: unknown key"):
         deltamerge.merge(models, tmp_path / "other", base=base, nosuch=1)
+    with pytest.raises(UsageError, match="balance, calibration: chosen with the method"):
+        deltamerge.merge(models, tmp_path / "other", base=base, calibration={"length": 8}, balance="norm")
     assert not (tmp_path / "other.yaml").exists()
     with pytest.raises(UsageError, match="rows choose a method"):
         deltamerge.merge(models, tmp_path / "other", method="ties", base=base, rows={"data": "x.jsonl"})
