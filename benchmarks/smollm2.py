@@ -16,6 +16,8 @@ import argparse
 import hashlib
 import json
 import os
+import random
+import re
 import shutil
 import subprocess
 import sys
@@ -46,6 +48,7 @@ NEW_TOKENS = {
     "needle": 12, "filtering": 26, "legs": 6, "friends": 6,
 }  # fmt: skip
 TEST_ROWS = 200
+PARAGRAPH = 350  # characters at least
 
 
 class Row(NamedTuple):
@@ -294,6 +297,19 @@ def answered(name: str, count: int, folder: Path = FOLDER, *, apart: bool = Fals
         pairs = [(prompt, f" {text.strip()}{tokenizer.eos_token}") for prompt, text in zip(prompts, made, strict=True)]
         some = [{"prompt": a, "completion": b} if apart else {"text": a + b} for a, b in pairs]
         path.write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
+    return path
+
+
+def paragraphs(count: int, folder: Path = FOLDER) -> Path:
+    """JSON lines of plain text: paragraphs of the reference of Python's language, which comes with Python."""
+    path = folder / "rows" / f"paragraphs-{count}.jsonl"
+    if not path.exists():
+        from pydoc_data.topics import topics
+
+        texts = (re.sub(r"\s+", " ", one).strip() for topic in topics.values() for one in topic.split("\n\n"))
+        long = [text for text in texts if len(text) > PARAGRAPH]
+        random.Random(1).shuffle(long)
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in long[:count]), encoding="utf-8")
     return path
 
 

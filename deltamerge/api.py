@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from deltamerge.engine.execute import default_workers, execute
 from deltamerge.errors import InputError, RecipeError, UsageError, app
 from deltamerge.errors.shown import as_html
@@ -16,6 +14,7 @@ from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.plan.planner import Plan, PlanOptions, plan
 from deltamerge.recipe.file import RecipeFile, read_recipe, read_text
 from deltamerge.recipe.load import loads
+from deltamerge.recipe.yaml_source import dumped
 from deltamerge.run.lock import Lock
 from deltamerge.run.options import Options
 from deltamerge.run.plans import make_plans
@@ -120,6 +119,7 @@ def merge(
     method: str | None = None,
     base: Reference | None = None,
     rows: Rows | Sequence[Rows] | None = None,
+    keep: Rows | None = None,
     device: str = "auto",
     workers: int | None = None,
     memory: int | None = None,
@@ -132,6 +132,7 @@ def merge(
         method, base   `merge_method` and `base_model` of a recipe
         rows           without a method: rows of text for all models, or a list with rows for each; they choose the
                        method
+        keep           beside `rows`: rows of text which the merge shall answer as the base does
         keys           other keys of the recipe: parameters, prune, calibration, dtype, tokenizer_source, output, …
 
     Without a method, a method is chosen and its recipe written to OUT.yaml, as `deltamerge merge` does. It is chosen
@@ -147,17 +148,21 @@ def merge(
         with app("recommend"):
             from deltamerge.apps.recommend.advised import advised_merge
 
-        if isinstance(rows, str | Path):
-            hint = 'rows={"data": "rows.jsonl"}, or a list with one for each model'
-            raise UsageError(f"rows: {rows}: is a path", hint=hint)
+        for name, given in (("rows", rows), ("keep", keep)):
+            if isinstance(given, str | Path):
+                many = ", or a list with one for each model" if name == "rows" else ""
+                raise UsageError(f"{name}: {given}: is a path", hint=f'{name}={{"data": "rows.jsonl"}}{many}')
         several = [] if rows is None else [rows] if isinstance(rows, Mapping) else list(rows)
-        return advised_merge(named, str(base), Path(out), rows=several, keys=keys, options=options).run()
+        return advised_merge(named, str(base), Path(out), rows=several, keep=keep, keys=keys, options=options).run()
+    if keep is not None:
+        hint = "list the base among the models, with its calibration"
+        raise UsageError("keep is of a merge whose method is chosen, and one is given", hint=hint)
     if rows is not None:
         raise UsageError("rows choose a method, and one is given", hint="calibration={…} for a method that takes rows")
     items = [dict(one) if isinstance(one, Mapping) else {"model": str(one)} for one in models]
     recipe = {"merge_method": method, **({} if base is None else {"base_model": str(base)}), "models": items, **keys}
     try:
-        file = replace(read_text(yaml.safe_dump(recipe, sort_keys=False), Path.cwd() / "merge"), made_for="merge")
+        file = replace(read_text(dumped(recipe), Path.cwd() / "merge"), made_for="merge")
         return run_recipe(file, Path(out), options)
     except RecipeError as error:
         raise error.of("merge") from None
@@ -293,7 +298,7 @@ def prune(
         raise InputError("prune needs a method", hint='method="magnitude", density=0.1')
     models = [{"model": "fine-tune", "name": name, "prune": keys}]
     try:
-        recipe = loads(yaml.safe_dump({"base_model": "base", "models": models, "seed": seed}))
+        recipe = loads(dumped({"base_model": "base", "models": models, "seed": seed}))
     except RecipeError as error:
         raise error.of("prune", within="models[0].prune") from None
     tensors = {"base": base, "fine-tune": fine_tune}

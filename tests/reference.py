@@ -351,3 +351,13 @@ def fisher(deltas, squares, weights, floor=1e-6):
         ]
         found[name] = sum(s * d for s, d in zip(shares, ds, strict=True)) / sum(shares)
     return found
+
+
+def token_divergence(logits: np.ndarray, own: np.ndarray) -> np.ndarray:
+    """KL(own ‖ logits) of tokens (N, V): of the 64 likeliest of `own`, and of all others as one."""
+    p, q = (np.exp(some - some.max(1, keepdims=True)) for some in (own, logits))
+    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    likeliest = np.argsort(-p, 1)[:, :64]
+    p, q = (np.take_along_axis(some, likeliest, 1) for some in (p, q))
+    p, q = (np.concatenate([some, np.maximum(1 - some.sum(1, keepdims=True), 1e-12)], 1) for some in (p, q))
+    return (p * np.log(p / q)).sum(1)

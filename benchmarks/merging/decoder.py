@@ -4,6 +4,7 @@
     python -m benchmarks.merging.decoder report wudi iso_c  those whose names begin so, on test rows
     python -m benchmarks.merging.decoder report --size 2 3  of every pair and triple instead of all four
     python -m benchmarks.merging.decoder report recommend   what `recommend` chooses with a few rows of each task
+    python -m benchmarks.merging.decoder report "recommend, 67 + 33 rows, with text"    and with text for the base
     python -m benchmarks.merging.decoder choose --around    and at 0.7 and 1.4 times the rule's λ
     python -m benchmarks.merging.decoder --docs             only the tables of docs/measurements/merging.md
 
@@ -54,6 +55,7 @@ FAMILIES = {
     "choose": ("arithmetic", "sorting", "reversal", "family"),
     "report": ("needle", "filtering", "legs", "friends"),
 }
+LENGTH, TEXT = 128, ", with text"
 ROWS = 50  # of validation, with an expert's own answers, for merges that look at rows
 SEEN = {"choose": ("validation", slice(200, 300)), "report": ("test", slice(0, 100))}  # rows that are scored
 AROUND = (0.7, 1.4)
@@ -66,7 +68,8 @@ Known = dict[str, dict[str, float]]  # model -> its exact match, perplexity and 
 class Merge:
     """A method as a recipe has it; `rule` is its λ by the number of models, None: the package's.
 
-    `each`: a model per task. `rows`: so many of each model's own stand beside it. Without keys `recommend` chooses it.
+    `each`: a model per task. `rows`: so many of each model's own stand beside it. `kept`: so many paragraphs of plain
+    text stand beside the base. Without keys `recommend` chooses it.
     """
 
     name: str
@@ -74,6 +77,7 @@ class Merge:
     rule: Callable[[int], float] | None = None
     rows: int = 0
     each: bool = False
+    kept: int = 0
 
     def factor(self, models: int) -> float | None:
         """λ, where the method has one and it is not fitted."""
@@ -92,6 +96,10 @@ class Merge:
     def is_fitted(self) -> bool:
         return "coefficients" in self.keys.get("calibration", {})
 
+    def text(self, folder: Path) -> dict[str, Any]:
+        """Return the base's rows: the same paragraphs for all merges that keep so many."""
+        return {"data": str(smollm2.paragraphs(self.kept, folder)), "sequences": self.kept, "length": LENGTH}
+
     def recipe(self, base: Path, models: Mapping[str, str], rows: Mapping[str, Path], number: int) -> dict[str, Any]:
         """Return the recipe of the merge; `number` is the task of a model per task, from 1."""
         method = MERGE[self.keys["merge_method"]]
@@ -104,7 +112,9 @@ class Merge:
             parameters["weight"] = 1.0
         beside: list[dict[str, Any]] = [{"model": path, "name": name} for name, path in models.items()]
         for one in beside if self.rows else ():
-            one["calibration"] = {"data": str(rows[one["name"]]), "sequences": self.rows, "length": 128}
+            one["calibration"] = {"data": str(rows[one["name"]]), "sequences": self.rows, "length": LENGTH}
+        if self.kept:
+            beside.append({"model": str(base), "calibration": {**self.text(base.parent), "sequences": self.rows}})
         about = {"base_model": str(base), "models": beside, "dtype": "float32", "parameters": parameters}
         return {**self.keys, **about}
 
@@ -119,10 +129,10 @@ def falling(factor: float) -> Callable[[int], float]:
     return lambda models: factor / models**0.5
 
 
-def fitted(start: Merge, scope: str) -> Merge:
-    """Return a fit of coefficients that starts at another merge."""
+def fitted(start: Merge, scope: str, kept: int = 0) -> Merge:
+    """Return a fit of coefficients that starts at another merge, and keeps the base's answers to text."""
     keys = {**start.keys, "calibration": {"per": "merge", "coefficients": scope}}
-    return Merge(f"{start.name} + coefficients per {scope}", keys, rows=ROWS)
+    return Merge(f"{start.name} + coefficients per {scope}{TEXT * bool(kept)}", keys, rows=ROWS, kept=kept)
 
 
 def of_rows(name: str, method: str, rows: int = ROWS, **parameters: Any) -> Merge:
@@ -150,7 +160,9 @@ MERGES = (
     Merge("tall_masks", {"merge_method": "tall_masks"}, each=True),
     *(fitted(of("wudi", balance=True), scope) for scope in ("layer", "row")),
     *(fitted(NEAR, scope) for scope in ("layer", "row")),
+    fitted(NEAR, "layer", 2 * ROWS),
     *(Merge(f"recommend, {said(rows)}", {}, rows=sum(rows)) for rows in (FIFTY, HUNDRED)),
+    Merge(f"recommend, {said(HUNDRED)}{TEXT}", {}, rows=sum(HUNDRED), kept=sum(HUNDRED)),
 )
 # Of pairs and triples.
 FEW = ("task_arithmetic, balanced", "iso_c, balanced", "tsv_m, balanced", "wudi", "svc, balanced", "regmean, off")
@@ -205,8 +217,9 @@ class Family:
             with tempfile.TemporaryDirectory() as work:
                 path, out = Path(work) / "recipe.yaml", Path(work) / "out"
                 if merge.is_advised:
-                    seen = [{"data": str(rows[name]), "sequences": merge.rows, "length": 128} for name in names]
-                    made = advised_merge(list(models.values()), str(self.base), out, rows=seen, **ALIKE)
+                    seen = [{"data": str(rows[name]), "sequences": merge.rows, "length": LENGTH} for name in names]
+                    kept = merge.text(self.folder) if merge.kept else None
+                    made = advised_merge(list(models.values()), str(self.base), out, rows=seen, keep=kept, **ALIKE)
                     made.run()
                     self.advice[merge.name] = summary(made.advice)
                 else:

@@ -85,6 +85,7 @@ COEFFICIENT_STEP = 32  # rows of each fine-tune in a step of coefficients
 FITTED_PASSES = 30  # over each fine-tune's rows, to fit coefficients
 VARIED_PASSES = 150  # the same where rows are varied
 VARIED_OPERATIONS = 5e14  # of these passes: about an hour of two cores. Where they take more, rows are not varied
+KEPT_WEIGHT = 0.05  # of the base's rows beside a fine-tune's
 STATES_BYTES = 1 << 29  # of the hidden states, before every block, of the rows that go back together
 STOP_SHARE = 0.2  # share of the search rows that decide when learning stops
 CACHE_BYTES = 1 << 31  # bytes of cached masks; further masks are drawn again
@@ -221,7 +222,8 @@ class Spec:
     With `parts` it is the factor of a merge's λ: q divides the merged delta, and the objective is the sum over
     fine-tunes. With `coefficients`, the names of deltas, a tensor's masked deltas are these deltas. Each is multiplied
     by a number that is fitted, beginning at `starts`, for each model, layer or row, which is the scope. `differences`
-    of them are plain differences of two files.
+    of them are plain differences of two files. With `base_weight` the last part is the base itself, on rows of its own,
+    which count so much beside a fine-tune's.
     """
 
     source: CalibrationInput
@@ -237,6 +239,7 @@ class Spec:
     coefficients: tuple[str, ...] = ()
     starts: tuple[float, ...] = ()
     differences: int = 0
+    base_weight: float = 0.0
 
     @property
     def seeds(self) -> int:

@@ -209,6 +209,8 @@ def _with_progress(callback: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(callback)
     def run_with_progress(*args: Any, **options: Any) -> Any:
         machine = options.get("as_json") or options.get("as_csv")
+        if options.get("as_json") and options.get("as_csv"):
+            raise click.UsageError("--json and --csv are two forms of one output: give one of them")
         with progress.display(quiet=bool(options.get("quiet")), machine=bool(machine)):
             return callback(*args, **options)
 

@@ -93,17 +93,17 @@ def recipe_of(model: str, dtype: str | None = None, **output: Any) -> RecipeFile
     Paths are relative to the current folder. torch's own files are read too. Keys of `output` that are None are left
     out. RecipeError, without a line: a value that a recipe does not take.
     """
-    import yaml
 
     from deltamerge.errors import RecipeError
     from deltamerge.recipe.file import read_text
+    from deltamerge.recipe.yaml_source import dumped
 
     written = {key: value for key, value in output.items() if value is not None}
     recipe: dict[str, Any] = {"merge_method": "passthrough", "models": [{"model": model}]}
     recipe |= {"dtype": dtype} if dtype is not None else {}
     recipe |= {"pickles": True, **({"output": written} if written else {})}
     try:
-        file = read_text(yaml.safe_dump(recipe, sort_keys=False), Path.cwd() / NAME)
+        file = read_text(dumped(recipe), Path.cwd() / NAME)
         return replace(file, made_for=NAME)
     except RecipeError as error:
         raise error.of(NAME) from None

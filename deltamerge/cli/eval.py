@@ -9,7 +9,19 @@ import click
 
 from deltamerge.cli import streams
 from deltamerge.cli.layout import Column, Row, cell, paragraph, stacked, table
-from deltamerge.cli.options import AS_CSV, AS_JSON, DEVICE, FILE, MODEL, PICKLES, RECIPE, TRACK, calibration_of, tracked
+from deltamerge.cli.options import (
+    AS_CSV,
+    AS_JSON,
+    DEVICE,
+    FILE,
+    MODEL,
+    PICKLES,
+    RECIPE,
+    TRACK,
+    HomePath,
+    calibration_of,
+    tracked,
+)
 from deltamerge.cli.output import say, say_csv, say_json
 from deltamerge.errors import app
 from deltamerge.errors.shown import lines as one_a_line
@@ -47,7 +59,7 @@ METRICS = ("accuracy", "matthews_correlation", "f1", "accuracy_f1", "pearson_spe
 @click.option("--base", type=MODEL, help="Base of the adapters and delta artifacts among MODELS.")
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=HomePath(dir_okay=False, path_type=Path),
     metavar="FILE",
     help="File that keeps the scores, one JSON line each. A second run computes only missing scores.",
 )

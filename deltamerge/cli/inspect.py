@@ -10,7 +10,7 @@ import click
 
 from deltamerge.cli import streams
 from deltamerge.cli.layout import Column, Row, cell, paragraph, table
-from deltamerge.cli.options import AS_CSV, AS_JSON, BASE, DEVICE, MODEL, PICKLES, WORKERS, rows_of_text
+from deltamerge.cli.options import AS_CSV, AS_JSON, BASE, DEVICE, MODEL, PICKLES, WORKERS, HomePath, rows_of_text
 from deltamerge.cli.output import say, say_model, say_table, tell
 from deltamerge.errors import app
 from deltamerge.errors.shown import lines as one_a_line
@@ -54,7 +54,7 @@ ABOUT_LAYERS = (
     help="Density of the bound and the errors, with --calibration.",
 )
 @click.option("--tensors", is_flag=True, help="List every tensor, not only layers.")
-@click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE", help="Draw figures on an HTML page.")
+@click.option("--report", "page", type=HomePath(path_type=Path), metavar="FILE", help="Draw figures on an HTML page.")
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @DEVICE
 @WORKERS

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltamerge.cli.options import AS_JSON, FORCE_FILES, MERGEKIT_EXACT, PICKLES, RECIPE, RESOURCES, SET
+from deltamerge.cli.options import AS_JSON, FORCE_FILES, MERGEKIT_EXACT, PICKLES, RECIPE, RESOURCES, SET, HomePath
 from deltamerge.cli.output import say, say_json, tell
 from deltamerge.errors import app
 from deltamerge.errors.shown import lines as one_a_line
@@ -62,7 +62,7 @@ def lock(
 @RESOURCES
 @SET
 @PICKLES
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw the search.")
+@click.option("--plot", type=HomePath(path_type=Path), metavar="FILE.svg", help="Draw the search.")
 @FORCE_FILES
 @AS_JSON
 def calibrate(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from deltamerge.errors import InputError, app
@@ -21,7 +22,14 @@ if TYPE_CHECKING:
 MOST_WORKERS = 1024
 
 
-class RecipePath(click.Path):
+class HomePath(click.Path):
+    """A path, in which ~ is the home folder, as in the name of a model: no shell expands --out=~/merged."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return super().convert(os.path.expanduser(value) if isinstance(value, str) else value, param, ctx)
+
+
+class RecipePath(HomePath):
     """A path; the shell completes recipes and folders."""
 
     def shell_complete(self, context: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -39,7 +47,7 @@ class RecipePath(click.Path):
         ]
 
 
-class FolderPath(click.Path):
+class FolderPath(HomePath):
     """A path; the shell completes folders."""
 
     def shell_complete(self, context: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -167,6 +175,12 @@ ROWS_OF_EACH = click.option(
     help=f"{ROWS}. For several models: once, or once per model in the same order.",
 )  # fmt: skip
 
+KEEP = click.option(
+    "--keep", type=FILE, metavar="FILE",
+    help="Beside rows of the models: rows of text for the base, a language model. The merge shall answer them as the "
+    "base does, so that it forgets less.",
+)  # fmt: skip
+
 
 def about_rows(sequences: int, of: str = "Number of rows to use.") -> Callable[..., Any]:
     """Return a decorator that adds the options about rows. By default `sequences` rows are used."""
@@ -198,6 +212,9 @@ def _rows(command: Callable[..., None], data: Callable[..., Any], made: Callable
     @wraps(command)
     def with_rows(*, calibration: Any, text: tuple[str, ...], **options: Any) -> None:
         more = {key: options.pop(key, None) for key in ("sequences", "length", "label")}
+        if "keep" in options:
+            about = {key: value for key, value in more.items() if key != "label"}
+            options["keep"] = calibration_of(options["keep"], text if options["keep"] else (), **about)
         command(calibration=made(calibration, lambda one: calibration_of(one, text, **more)), **options)
 
     shown: Callable[..., None] = data(ABOUT_ROWS(with_rows))
@@ -209,13 +226,23 @@ def rows_in_folder(
 ) -> list[dict[str, Any]]:
     """Return each model's `calibration`: its rows lie in `folder` under its name. []: no folder is given."""
     if folder is None:
-        calibration_of(None, text)
+        context = click.get_current_context()
+        for name in ("text", "sequences", "length"):
+            if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+                raise click.UsageError(f"--{name} needs --rows")
         return []
     with app("recommend"):
         from deltamerge.apps.recommend.advised import rows_in
 
     fields = {key: value for key, value in (calibration_of(".", text) or {}).items() if key != "data"}
     return rows_in(folder, models, sequences=sequences, length=length, **fields)
+
+
+def rows_to_keep(file: str | None, *, text: tuple[str, ...], sequences: int, length: int) -> dict[str, Any] | None:
+    """Return the `calibration` of the base's rows: all of a file that has few. None: no file is given."""
+    if file is None or not Path(file).expanduser().is_file():
+        return calibration_of(file, text if file else (), sequences=sequences, length=length)
+    return rows_in_folder(Path(file).expanduser(), [], text=text, sequences=sequences, length=length)[0]
 
 
 def calibration_of(data: str | None, text: tuple[str, ...], **more: Any) -> dict[str, Any] | None:

@@ -18,17 +18,20 @@ from deltamerge.cli.options import (
     BASE,
     DEVICE,
     FOLDER,
+    KEEP,
     MODEL,
     PICKLES,
     QUIET,
     RECIPE,
     RESOURCES,
     WORKERS,
+    HomePath,
     RecipePath,
     about_rows,
     rows_in_folder,
     rows_of_each,
     rows_of_text,
+    rows_to_keep,
 )
 from deltamerge.cli.output import say, say_json, say_model, say_table, tell
 from deltamerge.cli.result import Warnings, report_run, summary_of
@@ -74,6 +77,7 @@ ABOUT_SHARES = {
 )
 @rows_of_each
 @click.option("--label", metavar="KEY", help="Field of the label: show the metric on held-out rows too.")
+@KEEP
 @click.option("--no-fit", is_flag=True, help="For several MODELS: do not fit coefficients, the slowest step.")
 @click.option("--out", type=RECIPE, metavar="FILE", help="Write the recipe there; default: only print it.")
 @DEVICE
@@ -86,6 +90,7 @@ def recommend(
     base: str,
     density: float | None,
     calibration: list[dict[str, Any] | None],
+    keep: dict[str, Any] | None,
     no_fit: bool,
     out: Path | None,
     as_json: bool,
@@ -112,7 +117,11 @@ def recommend(
             raise click.UsageError("--density and --label are for one MODEL, and these are several")
         if as_csv and not rows:
             raise click.UsageError("--csv has the merges that are tried on rows: give --calibration, or take --json")
-        merge = recommend_merge(models, base, calibration=rows, fit=not no_fit, out=out, options=Options(**options))
+        if keep is not None and not rows:
+            raise click.UsageError("--keep is measured beside rows of the MODELS: give --calibration, too")
+        merge = recommend_merge(
+            models, base, calibration=rows, keep=keep, fit=not no_fit, out=out, options=Options(**options)
+        )
         if as_csv:
             say_table(merge.candidates)
         else:
@@ -123,8 +132,8 @@ def recommend(
 
         if density is None:
             raise click.UsageError("Missing option '--density', which one MODEL needs")
-        if no_fit or len(calibration) > 1:
-            raise click.UsageError("--no-fit and several --calibration are for several MODELS, and this is one")
+        if no_fit or len(calibration) > 1 or keep is not None:
+            raise click.UsageError("--no-fit, --keep and several --calibration are for several MODELS, and this is one")
         answer = recommend_prune(models[0], base, density, calibration=calibration[0], out=out, **options)
         if as_csv:
             say_table(answer.candidates)
@@ -319,10 +328,11 @@ def init(
 @click.option("--base", type=MODEL, help="The model that MODELS were fine-tuned from.")
 @click.option("--out", type=FOLDER, help="Folder to make; the recipe is written beside it, as OUT.yaml.")
 @click.option(
-    "--rows", type=click.Path(path_type=Path), metavar="DIR",
+    "--rows", type=HomePath(path_type=Path), metavar="DIR",
     help="Rows of each model: DIR/NAME.jsonl (.csv, .txt, .parquet), NAME the last part of its path; or one file for "
     "all. A row has a text, or of a language model a prompt and its completion, or messages.",
 )  # fmt: skip
+@KEEP
 @about_rows(100, "Number of rows to use. Of a file without many others, a third of them decides.")
 @click.option("--no-fit", is_flag=True, help="Do not fit coefficients, the slowest step.")
 @click.option("--dry-run", is_flag=True, help="Write the recipe, with a lock of its fit, and stop before the run.")
@@ -336,6 +346,7 @@ def merge(
     base: str | None,
     out: Path | None,
     rows: Path | None,
+    keep: str | None,
     text: tuple[str, ...],
     sequences: int,
     length: int,
@@ -367,10 +378,15 @@ def merge(
         from deltamerge.apps.recommend.advised import advised_merge, in_five_lines
     from deltamerge.run.options import Options
 
-    found = rows_in_folder(rows, models, text=text, sequences=sequences, length=length)
+    if keep is not None and rows is None:
+        raise click.UsageError("--keep is measured beside rows of the MODELS: give --rows, too")
+    about: dict[str, Any] = {"text": text, "sequences": sequences, "length": length}
+    found = rows_in_folder(rows, models, **about)
     begun, warnings = time.monotonic(), Warnings()
     options = Options(force=force, pickles=pickles, watch=warnings.watch, **where)
-    made = advised_merge(models, base, out, rows=found, fit=not no_fit, options=options)
+    made = advised_merge(
+        models, base, out, rows=found, keep=rows_to_keep(keep, **about), fit=not no_fit, options=options
+    )
     if not (as_json or quiet):
         say("\n".join(in_five_lines(made)))
         for warning in made.advice.warnings:

@@ -29,6 +29,7 @@ from deltamerge.cli.options import (
     SET_OR_SWEEP,
     TRACK,
     WORKERS,
+    HomePath,
     rows_in_folder,
     tracked,
 )
@@ -264,13 +265,13 @@ SHOWN = 8
 @click.command("bisect")
 @click.argument("recipe", type=RECIPE)
 @click.option(
-    "--rows", type=click.Path(path_type=Path), metavar="DIR",
+    "--rows", type=HomePath(path_type=Path), metavar="DIR",
     help="Rows of each model: DIR/NAME.jsonl (.csv, .txt, .parquet), or one file for all. Default: the "
     "recipe's calibration.",
 )  # fmt: skip
 @ABOUT_ROWS
 @click.option("--of", "skill", metavar="NAME", help="Model whose skill to explain. Default: the model that loses most.")
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw it there.")
+@click.option("--plot", type=HomePath(dir_okay=False, path_type=Path), metavar="FILE.svg", help="Draw it there.")
 @FORCE_FILES
 @DEVICE
 @WORKERS

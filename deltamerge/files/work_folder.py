@@ -44,6 +44,7 @@ from deltamerge.files.atomic import PASSING, exchange, sweep
 from deltamerge.files.descriptors import (
     DEEPEST,
     NO_LINK,
+    check_folder,
     files_of,
     folders_in,
     is_plain_folder,
@@ -325,7 +326,11 @@ def parts_workspace(target: Path, *, force: bool, resume: bool, guard: Guard | N
 
 
 def check_target(target: Path) -> None:
-    """Raise OutputError if the target is a file, a mount point or the current folder, or has no name in UTF-8."""
+    """Raise OutputError if the target is a file, a mount point, the current folder or a place on a hub, has no name in
+    UTF-8, or cannot be made where it is."""
+    if target.parts[:1] == ("hf:",):
+        there = "/".join(target.parts[1:])
+        raise OutputError(f"{target}: is no folder here", hint=f"run --out FOLDER, then deltamerge push FOLDER {there}")
     resolved = Path(os.path.realpath(target))
     elsewhere = "choose another folder with --out"
     try:
@@ -343,6 +348,7 @@ def check_target(target: Path) -> None:
         _filled(target)
     except OSError as error:
         raise OutputError(f"{target}: {output_error(error)}", hint=elsewhere) from error
+    check_folder(target.parent, makes=True)
 
 
 def refuse_inputs(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:

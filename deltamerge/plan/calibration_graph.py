@@ -11,9 +11,10 @@ from deltamerge import errors
 from deltamerge.calibrate import stage
 from deltamerge.calibrate.merge import coefficients, second_moments
 from deltamerge.calibrate.merge.second_moments import InputMeasurement, MeasuredInput, squares
-from deltamerge.calibrate.rows.heads import LANGUAGE, task_of
+from deltamerge.calibrate.rows.heads import LANGUAGE, check_base, task_of
 from deltamerge.calibrate.rows.splits import split
 from deltamerge.calibrate.spec import (
+    KEPT_WEIGHT,
     CalibrationInput,
     ModelTensors,
     Pruned,
@@ -193,13 +194,21 @@ class StageMaker:
         merges: Sequence[Merge],
         parts_of: Callable[[Merge], dict[str, Node]],
         starts: Sequence[float],
+        base: Input | None,
     ) -> Node:
         """Return the stage that fits coefficients of deltas. `parts_of` gives the deltas by name, `starts` the first
-        values."""
+        values. The base runs, too, if the recipe has rows of it."""
         refuse_gathered([t for merge in merges for t in merge.tunes], "leave coefficients out")
         deltas_of = {m.name: parts_of(m) for m in merges}
         names = tuple(next(iter(deltas_of.values()), {}))
-        (first, *others), tensors = self._shares(deltas, merges, len(names))
+        kept, count = deltas.recipe.kept, len(merges[0].sources)
+        (first, *others), tensors = self._shares(deltas, merges, len(names), count + (kept is not None))
+        weight = 0.0
+        if kept is not None and base is not None:
+            share, own = self._share_of_base(deltas, merges, base, kept)
+            others.append(share)
+            tensors += own
+            weight = share.source.calibration.weight or KEPT_WEIGHT
         # the first reads the deltas of all, so it gets the others' memory
         first = replace(first, source=replace(first.source, cache=first.source.cache * (1 + len(others))))
         others = [Share(replace(one.source, cache=0), tuple(replace(p, masks=0) for p in one.pruned)) for one in others]
@@ -207,7 +216,7 @@ class StageMaker:
         spec = Spec(
             first.source, deltas.recipe.method.name, first.pruned, False, "agreement", deltas.coefficients or "",
             "gradient", None, len(shared), (first, *others), names, tuple(starts),
-            sum(all(is_difference(found[name]) for found in deltas_of.values()) for name in names),
+            sum(all(is_difference(found[name]) for found in deltas_of.values()) for name in names), weight,
         )  # fmt: skip
         inputs = [*(node for found in deltas_of.values() for node in found.values()), *shared, *tensors]
         return deltas.graph.node(coefficients.calibrate, inputs, kind="stage", spec=spec)
@@ -225,6 +234,20 @@ class StageMaker:
             parts.append(Share(source, tuple(_whole(t, masks) for t in own)))
             inputs += tensors.inputs
         return tuple(parts), inputs
+
+    def _share_of_base(
+        self, deltas: Deltas, merges: Sequence[Merge], base: Input, index: int
+    ) -> tuple[Share, list[Tensor]]:
+        """Return the base, of that index in the recipe, on its own rows, without deltas, and its tensors. InputError:
+        it is no language model."""
+        calibration = deltas.recipe.calibration_of(index)
+        assert calibration is not None
+        check_base(calibration, base.checkpoint.config)
+        own = [merge.base for merge in merges if merge.base is not None]
+        source = self._input(deltas, base, calibration, headers(own), share=len(merges[0].sources) + 1)
+        pruned = tuple(Pruned(m.name, one.name, one.shape, 1.0, 1.0, 0) for m, one in zip(merges, own, strict=True))
+        tensors = ModelTensors.of(base.checkpoint.tensors.values(), [(one, one) for one in own])
+        return Share(source, pruned), [*tensors.inputs]
 
     def _cut(self, deltas: Deltas, pruned: Sequence[Tuned]) -> Node:
         """Return the single threshold of a model, for as many entries as the tensors' densities add up to."""
@@ -433,14 +456,15 @@ def _find_columns(prune: Pruning, linear: Sequence[str]) -> None:
             raise InputError(f"prune.protect.columns: {pattern!r} finds no pruned weight of a linear layer")
 
 
-def sources_of(stages: Stages, inputs: Inputs) -> dict[int, CalibrationInput]:
-    """Return the data that stages run on, by the fine-tune's index in the recipe."""
+def sources_of(stages: Stages, inputs: Inputs, kept: int | None) -> dict[int, CalibrationInput]:
+    """Return the data that stages run on, by the fine-tune's index in the recipe, or the base's, `kept`."""
     alone = {**stages.activations, **stages.weighing, **stages.calibrated}
     sources = {index: _sources(node)[0] for index, node in alone.items()}
     sources |= {index: one.source for index, one in stages.inputs.items()}
+    everyone = [*(tune.index for tune in inputs.tunes), kept]
     for node in (stages.rows, stages.together):
-        of_tunes = () if node is None else zip(inputs.tunes, _sources(node), strict=True)
-        sources |= {tune.index: source for tune, source in of_tunes if tune.index is not None}
+        of_models = () if node is None else zip(everyone, _sources(node), strict=False)
+        sources |= {index: source for index, source in of_models if index is not None}
     return sources
 
 
@@ -470,7 +494,10 @@ def result_bytes(stage: Node) -> int:
 
 def check_data(sources: Mapping[int, CalibrationInput], inputs: Inputs) -> None:
     """Raise InputError unless the rows exist, with the fields and labels that the model's head needs."""
-    configs = {tune.index: tune.checkpoint.config for tune in inputs.tunes}
+    tunes = {tune.index: tune for tune in inputs.tunes}
     for index, source in sources.items():
+        model = tunes.get(index, inputs.base)
+        assert model is not None
         with errors.context(f"calibration of {source.model}"):
-            split(source.calibration, source.folder, source.seed, configs[index], labelled=source.labelled)
+            config = model.checkpoint.config
+            split(source.calibration, source.folder, source.seed, config, labelled=source.labelled)

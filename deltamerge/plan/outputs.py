@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -38,7 +39,7 @@ from deltamerge.recipe.schema import Recipe
 from deltamerge.tensors.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED, PLAIN, nbytes_of
 from deltamerge.tensors.lazy import NDArray
 from deltamerge.tensors.lazy import numpy as np
-from deltamerge.tensors.names import LM_HEAD, layer_index
+from deltamerge.tensors.names import LM_HEAD, SMALL_HEAD, TOKEN_HEAD, layer_index
 from deltamerge.tensors.tensor import Graph, Node, TensorInfo
 from deltamerge.tensors.traits import function_of
 from deltamerge.tensors.views import cut
@@ -137,7 +138,7 @@ class Outputs:
     ) -> None:
         self.recipe, self.inputs, self.device = recipe, inputs, device
         self.vocabulary, self.remapped, self.resized = vocabulary, False, False
-        self.builder = Builder.of(recipe, graph or Graph(), folder, device, memory, densities)
+        self.builder = Builder.of(recipe, graph or Graph(), folder, device, memory, densities, inputs.base)
         self.merges: list[Merge] = []
         self.problems: list[str] = []
         self.hint = ""
@@ -379,6 +380,10 @@ class Outputs:
         same_width = len({shape[1:] for shape in shapes}) == 1
         if layer_index(name) is not None or not same_width:
             self.problems.append(f"{stored}: shapes differ: {text}")
+            return None, None
+        if re.search(SMALL_HEAD, stored) and not TOKEN_HEAD.search(stored):
+            self.problems.append(f"{stored}: the models' heads have different labels: {text}")
+            self.hint = "name a base without a head: the merge then has the head of its template, as it is"
             return None, None
         source = self.inputs.vocabulary
         if source is None:

@@ -345,7 +345,9 @@ def _plan(
                 raise
             options = replace(options, workers=options.workers - 1)
     moments = decided.moments if isinstance(decided, Outputs) else None
-    sources = _sources(stages, inputs, check=options.data and densities is None)  # only once: `fit` keeps the result
+    sources = _sources(
+        stages, inputs, recipe.kept, check=options.data and densities is None
+    )  # only once: `fit` keeps the result
     of_result = () if moments is None else _of_result(moments, inputs, check=options.data)
     mixture = decided.mixture(rows)
     read = Memory({"tokenizers": vocabulary.memory if vocabulary is not None else 0})
@@ -471,7 +473,7 @@ def _shared_bytes(recipe: Recipe, outputs: Sequence[OutputTensor], shared: Conta
     return scratch([matrix_shape(out.shape) for out in outputs if out.name in shared], nbytes, workers)
 
 
-def _sources(stages: Stages, inputs: Inputs, *, check: bool) -> Mapping[int, CalibrationInput]:
+def _sources(stages: Stages, inputs: Inputs, kept: int | None, *, check: bool) -> Mapping[int, CalibrationInput]:
     """Return the data that stages run on, by the fine-tune's place.
 
     InputError: the rows do not suit the model's head.
@@ -480,7 +482,7 @@ def _sources(stages: Stages, inputs: Inputs, *, check: bool) -> Mapping[int, Cal
         return {}
     from deltamerge.plan.calibration_graph import check_data, sources_of
 
-    sources = sources_of(stages, inputs)
+    sources = sources_of(stages, inputs, kept)
     if check:
         check_data(sources, inputs)
     return sources

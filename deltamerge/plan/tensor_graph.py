@@ -13,6 +13,7 @@ from deltamerge import errors
 from deltamerge.errors import RecipeError
 from deltamerge.methods.ops import cast, subtract, zeros
 from deltamerge.plan.delta_graph import Deltas, Merge, Tuned, matrix_form
+from deltamerge.plan.inputs import Input
 from deltamerge.recipe.schema import MERGED, Recipe
 from deltamerge.recipe.values import lookup
 from deltamerge.tensors.dtypes import ITEMSIZE
@@ -50,7 +51,7 @@ class Built:
 class Builder:
     """Makes the nodes of a recipe's tensors. Call `merge` on a `prepared` builder, because stages need whole models.
 
-    `budgeted` are the tensors under a budget.
+    `base` is the base of all parts, `budgeted` are the tensors under a budget.
     """
 
     recipe: Recipe
@@ -59,6 +60,7 @@ class Builder:
     folder: Path
     device: str
     memory: int | None = None
+    base: Input | None = None
     budgeted: tuple[Tuned, ...] = ()
 
     @classmethod
@@ -70,9 +72,10 @@ class Builder:
         device: str,
         memory: int | None = None,
         densities: Mapping[str, float] | None = None,
+        base: Input | None = None,
     ) -> Builder:
         """Return the builder of a recipe; data of its calibration lies in `folder`."""
-        return cls(recipe, graph, Deltas.of(recipe, graph, densities), folder, device, memory)
+        return cls(recipe, graph, Deltas.of(recipe, graph, densities), folder, device, memory, base)
 
     @property
     def maker(self) -> StageMaker:
@@ -109,7 +112,7 @@ class Builder:
             starts = (
                 [1.0] * len(self.recipe.fine_tunes) if builder._is_sum else [1.0, *[0.0] * len(self.recipe.fine_tunes)]
             )
-            together = self.maker.fitted(deltas, based, builder._parts, starts)
+            together = self.maker.fitted(deltas, based, builder._parts, starts, self.base)
         return replace(builder, deltas=replace(deltas, stages=replace(deltas.stages, together=together)))
 
     def _affordable(self, budgeted: Sequence[Tuned]) -> float:

@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-import yaml
-
 from deltamerge.errors import RecipeError
 from deltamerge.methods.registry import PRUNE
 from deltamerge.recipe import yaml_source
@@ -42,7 +40,7 @@ def write_defaults(text: str, recipes: Sequence[Recipe]) -> tuple[str, tuple[Rec
     added: list[int] = []
     for (row, column), value in sorted(edits, key=lambda edit: edit[0], reverse=True):
         start, rest = lines[row - 1][: column - 1], lines[row - 1][column - 1 :]
-        shown = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False).strip()
+        shown = yaml_source.dumped(value, flow=True, width=float("inf")).strip()
         own = shown[1:-1]
         if rest[0] in "[{":
             lines[row - 1] = f"{start}{rest[0]}{shown if rest[0] == '[' else own}, {rest[1:]}"

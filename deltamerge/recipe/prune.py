@@ -153,6 +153,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         _rows,
         _data,
         _own_calibration,
+        _rows_of_base,
     )
     return (problem for check in checks for problem in check(recipe))
 
@@ -272,6 +273,28 @@ def _own_calibration(recipe: Recipe) -> Iterator[Problem]:
                 yield recipe.problem((*at, key), message, "move it to the recipe's calibration", key=True)
         if whole is None or whole.metric != "exact_match":
             yield from _of_answers(recipe, at, model.calibration)
+
+
+def _rows_of_base(recipe: Recipe) -> Iterator[Problem]:
+    """Check that rows of a listed base stand where coefficients are fitted, without a metric, and no others have a
+    weight."""
+    held: list[tuple[Loc, Calibration | None]] = [(("calibration",), recipe.calibration)]
+    held += [(("models", i, "calibration"), one.calibration) for i, one in enumerate(recipe.models) if i != recipe.kept]
+    for loc, calibration in held:
+        if calibration is not None and "weight" in calibration.model_fields_set:
+            hint = "models: - {model: BASE, calibration: {data: text.jsonl, weight: 0.5}}"
+            yield recipe.problem((*loc, "weight"), "is of the base, where it is listed with rows", hint, key=True)
+    if recipe.kept is None:
+        return
+    at, whole = ("models", recipe.kept, "calibration"), recipe.calibration
+    if whole is None or whole.coefficients is None:
+        hint = "calibration: {per: merge, coefficients: layer}, or leave them out"
+        yield recipe.problem(at, "rows of the base have an effect where coefficients are fitted alone", hint, key=True)
+    elif not is_given(recipe, *at, "data"):
+        yield recipe.problem(at, "needs data of its own: texts that the base shall still answer as it does")
+    calibrations = (whole, *(model.calibration for model in recipe.models))
+    if any(one is not None and one.metric is not None for one in calibrations):
+        yield recipe.problem(at, "rows of the base do not go with a metric", "leave metric out", key=True)
 
 
 def _of_answers(recipe: Recipe, loc: Loc, calibration: Calibration) -> Iterator[Problem]:

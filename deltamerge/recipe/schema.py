@@ -251,6 +251,10 @@ class Calibration(Keys):
         description="per: merge: instead of one lambda a factor of every model's delta, for all its tensors, for each, "
         "or for each output row, fitted to the fine-tunes' outputs on their own rows, which need no labels.",
     )
+    weight: float | None = Field(
+        None, gt=0, le=1000, description="Of the base, where it is listed with rows: how much they count beside a "
+        "model's where coefficients are fitted. Default: 0.05.",
+    )  # fmt: skip
 
 
 class Expert(Keys):
@@ -417,6 +421,12 @@ class Recipe(Keys):
     def is_base(self, index: int) -> bool:
         """Return whether a model is the base of its own part (mergekit lets it be listed)."""
         return not self.is_moe and self.models[index].model == self.part_of[index].base
+
+    @cached_property
+    def kept(self) -> int | None:
+        """The index of the base, where it is listed with rows: fitted coefficients keep what it answers there."""
+        listed = (i for i, one in enumerate(self.models) if one.calibration is not None and self.is_base(i))
+        return next(listed, None)
 
     @property
     def is_moe(self) -> bool:

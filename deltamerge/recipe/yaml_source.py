@@ -43,6 +43,21 @@ class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mis
     }
 
 
+class Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers = {  # noqa: RUF012  # ours beside those of YAML 1.1: text that either reads otherwise is quoted
+        **yaml.SafeDumper.yaml_implicit_resolvers,
+        **Loader.yaml_implicit_resolvers,
+    }
+
+
+def dumped(data: Any, *, width: float = 80, unicode: bool = False, flow: bool = False) -> str:
+    """Return YAML that `loads` and YAML 1.1 read as the same value, in the order of keys: 1e-5 as text is quoted."""
+    text: str = yaml.dump(
+        data, Dumper=Dumper, sort_keys=False, width=width, allow_unicode=unicode, default_flow_style=flow
+    )
+    return text
+
+
 def place(loc: Loc) -> str:
     """Return a key path as text: ("models", 0, "prune") -> "models[0].prune"."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")

@@ -225,7 +225,7 @@ def _describe_data(source: CalibrationInput, workers: int) -> dict[str, Any]:
     from deltamerge.calibrate.rows.hub import commit
 
     data = source.calibration.data
-    root = source.folder / data
+    root = source.folder / Path(data).expanduser()
     found = describe_files(
         local_files(data, source.folder), workers, hash_input, root=root if root.is_dir() else root.parent
     )

@@ -135,7 +135,7 @@ def target_of(file: RecipeFile, out: Path | None) -> Path:
     """Return the target: `--out`, otherwise `output.path`, otherwise `<recipe name>-merged`, both beside the recipe."""
     if out is not None:
         return out
-    return file.folder / (file.output.recipe.output.path or f"{file.path.stem}-merged")
+    return file.folder / os.path.expanduser(file.output.recipe.output.path or f"{file.path.stem}-merged")
 
 
 def lock_for(file: RecipeFile, out: Path | None, given: str | None = None) -> Path:

@@ -14,7 +14,7 @@ from deltamerge import errors
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import DeltamergeError, InputError, OutputError
 from deltamerge.errors.shown import as_html, human, shown, some
-from deltamerge.files.descriptors import files_of, writing
+from deltamerge.files.descriptors import check_folder, files_of, writing
 from deltamerge.files.hashes import Pieces, seal
 from deltamerge.files.ownership import LOCK_NAME, Guard, read_lock
 from deltamerge.files.work_folder import CALIBRATION, SPOOL, Workspace, is_begun, refuse_inputs, workspace
@@ -367,6 +367,7 @@ def _alone(file: RecipeFile, options: Options | None) -> tuple[Planner, Plan]:
 def _lock(planner: Planner, planned: Plan) -> Lock:
     path, force = planner.file.lock_path, planner.options.force
     refuse_foreign_lock(path, planner.file.path.name, rows=bool(planned.chosen), force=force)
+    check_folder(path.parent)
     planned = planner.fetched(planner.file.output, planned, {})
     check_deltas(planned)
     found = shared_values(planned.chosen, {})

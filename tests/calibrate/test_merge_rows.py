@@ -349,6 +349,85 @@ def test_coefficients_are_of_the_merged_model(models: Path) -> None:
         make_plan(path)
 
 
+def of_base(path: Path, calibration: str = "{data: ./base.jsonl, sequences: 12, length: 12, weight: 2}") -> Path:
+    """List the base with rows of words of both fine-tunes."""
+    lines = [" ".join(f"w{5 + (11 * i + 13 * j) % 90}" for j in range(4 + i % 7)) for i in range(40)]
+    path.with_name("base.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    listed = f"models:\n  - {{model: ./base, calibration: {calibration}}}\n"
+    path.write_text(path.read_text().replace("models:\n", listed))
+    return path
+
+
+def test_rows_of_the_base_count_as_one_model_more(models: Path, tmp_path: Path) -> None:
+    """The first figure is the mean of distances in float64: of each fine-tune a share of the base's, and of the base a
+    share of the fine-tunes' mean one. The fit stays nearer to the base there than a fit without these rows."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from deltamerge.calibrate.rows.splits import select, split
+
+    path = of_base(recipe(models, "keeps", "task_arithmetic", FITTED % "layer", "lambda: 0.5"))
+    plan, kept = make_plan(path), run(path, tmp_path / "kept")
+    without = run(recipe(models, "keeps-nothing", "task_arithmetic", FITTED % "layer", "lambda: 0.5"), tmp_path / "not")
+    found = kept.lock["calibration"]["merge"]
+    assert found["models"] == ["./a", "./b", "./base"]
+    assert found["chosen"] == "calibrated", found["why"]
+    assert "of the base as a share of theirs" in found["held_out"]["measure"]
+    assert sorted(kept.lock["inputs"]) == sorted([*without.lock["inputs"], "calibration data of ./base"])
+
+    model = AutoModelForCausalLM.from_pretrained(models / "base", dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(models / "base")
+    states = {name: {n: t.double() for n, t in load_tensors(models / name).items()} for name in ("base", *WEIGHTS)}
+    start = {n: b + 0.5 * sum(w * (states[m][n] - b) for m, w in WEIGHTS.items()) for n, b in states["base"].items()}
+    done = [{n: t.double() for n, t in load_tensors(one.folder).items()} for one in (kept, without)]
+
+    def distances(own: Any, others: list[Any], texts: list[str]) -> list[float]:
+        sums, count = [0.0] * len(others), 0
+        for text in texts:
+            batch = tokenizer(text, truncation=True, max_length=12, return_tensors="pt", return_token_type_ids=False)
+            logits = []
+            for state in (own, *others):
+                model.load_state_dict(state, strict=False)
+                with torch.no_grad():
+                    logits.append(model(**batch).logits[0].numpy())
+            more = [float(reference.token_divergence(some, logits[0]).sum()) for some in logits[1:]]
+            sums = [one + own for one, own in zip(sums, more, strict=True)]
+            count += len(logits[0])
+        return [one / count for one in sums]
+
+    shares, held = [], []
+    for name, source in zip((*WEIGHTS, "base"), plan.sources, strict=True):
+        config = json.loads((models / name / "config.json").read_text())
+        search, held = split(source.calibration, models, 0, config, labelled=False)
+        texts = [row.content for row in select(search, max(1, round(0.2 * len(search))), 1)]
+        if name == "base":
+            ours, *theirs = distances(states[name], [start, *(states[m] for m in WEIGHTS)], texts)
+            shares.append(ours / float(np.mean(theirs)))
+        else:
+            ours, bases = distances(states[name], [start, states["base"]], texts)
+            shares.append(ours / bases)
+    a, b, kept_share = shares
+    assert found["path"][0][-1] == pytest.approx((a + b + 2 * kept_share) / 4, rel=1e-3)
+    near, far = distances(states["base"], done, [row.content for row in held])
+    assert near < 0.9 * far
+
+
+def test_rows_of_the_base_stand_where_coefficients_are_fitted(models: Path, encoders: Path) -> None:
+    plain = of_base(recipe(models, "plain", "ties", "", "density: 0.5"))
+    with pytest.raises(RecipeError, match=r"models\[0\].calibration: rows of the base have an effect where coeff"):
+        make_plan(plain)
+    nothing = of_base(recipe(models, "nothing", "task_arithmetic", FITTED % "layer"), "{sequences: 4}")
+    with pytest.raises(RecipeError, match=r"models\[0\].calibration: needs data"):
+        make_plan(nothing)
+    loss = of_base(recipe(models, "loss", "task_arithmetic", FITTED % "layer", shared=", metric: loss"))
+    with pytest.raises(RecipeError, match="rows of the base do not go with a metric"):
+        make_plan(loss)
+    heavy = recipe(models, "heavy", "task_arithmetic", FITTED % "layer", shared=", weight: 2")
+    with pytest.raises(RecipeError, match=r"models\[0\].calibration.weight: is of the base, where it is listed"):
+        make_plan(heavy)
+    with pytest.raises(InputError, match="rows of the base: BertModel answers with no tokens"):
+        make_plan(of_base(recipe(encoders, "heads", "task_arithmetic", FITTED % "layer")))
+
+
 @pytest.fixture(scope="module")
 def encoders(tmp_path_factory) -> Path:
     """A base, and two fine-tunes of two labels."""

@@ -25,7 +25,14 @@ P, Y = [1, 0, 1, 1, 0, 1], [1, 0, 0, 1, 1, 1]  # tp 3, tn 1, fp 1, fn 1
     ],
 )  # fmt: skip
 def test_worked_values(metric: str, predicted: list[float], labels: list[float], want: float) -> None:
-    assert metrics.METRICS[metric](predicted, labels) == pytest.approx(want)
+    assert metrics.METRICS[metric](predicted, labels, max(2, len({*labels}))) == pytest.approx(want)
+
+
+def test_f1_of_three_classes_does_not_become_that_of_two() -> None:
+    """Where neither labels nor predictions have the third class."""
+    for predicted, macro in (([0, 0, 1, 1], (2 / 4 + 2 / 4) / 2), ([0, 0, 0, 0], (4 / 6 + 0) / 2)):
+        assert metrics.f1(predicted, [0, 1, 0, 1], 3) == pytest.approx(macro)
+    assert metrics.f1([0, 0, 0, 0], [0, 1, 0, 1], 2) == 0.0
 
 
 def test_matthews_of_several_classes_is_gorodkins() -> None:

@@ -297,8 +297,15 @@ def fit_shared(folder: str) -> None:
     (alone, gpu), (shared, both) = on_gpus(path, 1), on_gpus(path, 2)
     assert shared == alone
     assert shared["held_out"]["calibrated"] == pytest.approx(cpu["held_out"]["calibrated"], rel=1e-3)
-    assert both.launches < 1.1 * gpu.launches
+    assert both.launches < 1.1 * gpu.launches, (both.launches, gpu.launches, both.launched)
     assert min(both.launched[0], both.launched[1]) > both.launches / 4  # of three fine-tunes one has two
+    of_base = "models:\n- {model: ./base, calibration: {data: calib.jsonl, sequences: 6}}\n"
+    path.write_text(path.read_text().replace("models:\n", of_base).replace("row", "layer"))
+    cpu = dict(calibrate(path, device="cpu")["merge"])
+    (alone, _), (shared, _) = on_gpus(path, 1), on_gpus(path, 2)
+    assert shared == alone
+    assert shared["held_out"]["calibrated"] == pytest.approx(cpu["held_out"]["calibrated"], rel=1e-3)
+    assert shared["path"][0][-1] == pytest.approx(cpu["path"][0][-1], rel=1e-3)
 
 
 @pytest.mark.slow

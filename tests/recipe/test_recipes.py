@@ -39,7 +39,7 @@ def folder(tmp_path_factory) -> Path:
         write_adapter(folder / "adapters" / name, seed)
     texts = (" ".join(f"w{4 + (7 * row + word) % 92}" for word in range(6)) for row in range(80))
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
-    for name in ("calib", "math", "code", "chat"):
+    for name in ("calib", "math", "code", "chat", "text"):
         (folder / f"{name}.jsonl").write_text(lines)
     return folder
 

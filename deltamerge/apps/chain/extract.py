@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from deltamerge import errors
 from deltamerge.errors import InputError, RecipeError, UsageError
 from deltamerge.files.descriptors import flat
@@ -45,6 +43,7 @@ from deltamerge.models.delta_file import DeltaFile
 from deltamerge.models.references import Models, as_made_from
 from deltamerge.recipe.file import RecipeFile, read_text
 from deltamerge.recipe.prune import Advice, choose
+from deltamerge.recipe.yaml_source import dumped
 from deltamerge.run.options import Options
 from deltamerge.run.plans import make_plans
 from deltamerge.run.runner import Result, run
@@ -326,7 +325,7 @@ def curve(
 
 
 def _file(recipe: Mapping[str, Any]) -> RecipeFile:
-    return read_text(yaml.safe_dump(dict(recipe), sort_keys=False), Path.cwd() / "extract")
+    return read_text(dumped(dict(recipe)), Path.cwd() / "extract")
 
 
 def pruning(density: float, method: str | None, q: float | None, *, rows: bool) -> Advice:

@@ -16,7 +16,6 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -34,6 +33,7 @@ from deltamerge.plan.finite import finite
 from deltamerge.plan.inputs import Inputs
 from deltamerge.recipe.load import loads
 from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.yaml_source import dumped
 from deltamerge.run.calibration_record import Run
 from deltamerge.tensors.dtypes import FLOATING
 from deltamerge.tensors.lazy import torch
@@ -377,7 +377,7 @@ def pair_recipe(model: str, base: str, prune: Mapping[str, Any] | None = None, *
 
 def parse(recipe: Mapping[str, Any]) -> Recipe:
     """Validate a generated recipe like any other. RecipeError: an option of the command line that does not fit."""
-    return loads(yaml.safe_dump(dict(recipe), sort_keys=False), "(command line)")
+    return loads(dumped(dict(recipe)), "(command line)")
 
 
 def pairs_of(inputs: Inputs) -> tuple[list[Pair], list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -20,13 +21,15 @@ from deltamerge.apps.recommend.merge import (
     names_of,
 )
 from deltamerge.apps.search.folder import lock_of
+from deltamerge.apps.search.judge import THE_BASE
 from deltamerge.calibrate.rows.files import FILES, count
 from deltamerge.errors import InputError, OutputError
 from deltamerge.files.atomic import replace_file
+from deltamerge.files.descriptors import writing
 from deltamerge.files.ownership import Guard
 from deltamerge.files.work_folder import check_target, refuse_inputs
 from deltamerge.recipe.file import read_recipe
-from deltamerge.run.lock import Lock, fingerprint, refuse_foreign_lock
+from deltamerge.run.lock import ROWS, Lock, fingerprint, refuse_foreign_lock
 from deltamerge.run.options import Options
 from deltamerge.run.runner import Result
 from deltamerge.run.runner import run as run_recipe
@@ -74,14 +77,15 @@ def advised_merge(
     out: Path,
     *,
     rows: Sequence[Mapping[str, Any]] = (),
+    keep: Mapping[str, Any] | None = None,
     fit: bool = True,
     keys: Mapping[str, Any] | None = None,
     options: Options | None = None,
 ) -> AdvisedMerge:
     """Choose the merge of `models` over `base`, and write its recipe to OUT.yaml beside the folder `out`.
 
-        models, base, rows, fit   as `merge_advice` takes them
-        keys                      more keys of the recipe: dtype, tokenizer_source, output, …
+        models, base, rows, keep, fit   as `merge_advice` takes them
+        keys                            more keys of the recipe: dtype, tokenizer_source, output, …
 
     Nothing is measured where OUT, OUT.yaml or another's OUT.lock is in the way; `Options.force` replaces them.
     OutputError: one is, or a run could not replace OUT.
@@ -95,11 +99,22 @@ def advised_merge(
     Guard.of(out).check(force=options.force)
     refuse_foreign_lock(recipe.with_suffix(".lock"), recipe.name, rows=True, force=options.force)
     advice, found = merge_advice(
-        models, base, calibration=rows, fit=fit, folder=recipe.parent, keys=keys, options=options
+        models, base, calibration=rows, keep=keep, fit=fit, folder=recipe.parent, keys=keys, options=options
     )
-    recipe.parent.mkdir(parents=True, exist_ok=True)
+    with writing(recipe.parent):
+        recipe.parent.mkdir(parents=True, exist_ok=True)
     replace_file(recipe, advice.recipe, new=not options.force)
+    _forget_lock(recipe)
     return AdvisedMerge(advice, recipe, out, options, found)
+
+
+def _forget_lock(recipe: Path) -> None:
+    """Remove the lock beside a recipe that was chosen anew. Another's stays, and `run` refuses it."""
+    lock = recipe.with_suffix(".lock")
+    with suppress(OutputError):
+        refuse_foreign_lock(lock, recipe.name, rows=True)
+        for old in (lock, lock.with_suffix(ROWS)):
+            old.unlink(missing_ok=True)
 
 
 def _refuse_other(recipe: Path, out: Path) -> None:
@@ -153,7 +168,10 @@ def in_five_lines(made: AdvisedMerge) -> list[str]:
     helps = "; ".join(line.removeprefix("to save a skill: ").replace("--calibration", "--rows") for line in savers)
     why = "; ".join(line for line in advice.why if line != ROWS_CHOOSE)
     kept = ", ".join(map(_kept, advice.forecast))
-    fits = any(one.name == advice.method and one.coefficients for one in advice.candidates)
+    chosen = next((one for one in advice.candidates if one.name == advice.method), None)
+    if chosen is not None and THE_BASE in chosen.lost:
+        kept += f"; forgets {chosen.lost[THE_BASE]:.0%} of what the models forget of the base"
+    fits = chosen is not None and chosen.coefficients
     start = "fitted from λ" if fits else "λ"
     return [
         f"chosen: {advice.method}, {start} = {advice.factor:.3g}, in {made.recipe}",

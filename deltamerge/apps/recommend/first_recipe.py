@@ -8,15 +8,15 @@ from pathlib import Path
 from shlex import quote
 from typing import Any
 
-import yaml
-
 from deltamerge import errors
 from deltamerge.apps.recommend.prune import PruneCandidate, Recommendation, seen_from
 from deltamerge.errors import OutputError
 from deltamerge.files.atomic import replace_file
+from deltamerge.files.descriptors import check_folder
 from deltamerge.models.checkpoint import decoded
 from deltamerge.models.references import open_model
 from deltamerge.recipe.prune import Pruning, choose, q_decides
+from deltamerge.recipe.yaml_source import dumped
 from deltamerge.tensors.dtypes import TORCH_NAMES
 
 HEAD = """\
@@ -142,20 +142,19 @@ def _advice_lines(model: str, advice: Recommendation) -> str:
 
 def _flow(value: Mapping[str, Any]) -> str:
     """Return a mapping on one line of YAML."""
-    return yaml.safe_dump(
-        dict(value), default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True
-    ).strip()
+    return dumped(dict(value), flow=True, width=10**6, unicode=True).strip()
 
 
 def _scalar(text: str) -> str:
     """Return `text` as a YAML scalar, quoted where necessary."""
-    return yaml.safe_dump(text, width=10**6, allow_unicode=text.isprintable()).removesuffix("\n...\n").strip()
+    return dumped(text, width=10**6, unicode=text.isprintable()).removesuffix("\n...\n").strip()
 
 
 def check_new(path: Path) -> None:
     """Refuse a path where a file exists."""
     if os.path.lexists(path):
         raise OutputError(f"{path}: is there already", hint="another name with --out, or - for stdout")
+    check_folder(path.parent)
 
 
 def write_new(path: Path, text: str) -> None:

@@ -24,15 +24,15 @@ from pydantic import Field
 from deltamerge.apps.inspect.statistics import Figures, parse
 from deltamerge.apps.recommend.forecast import DANGER, SkillForecast, of_answers, of_weights
 from deltamerge.apps.recommend.meeting import ALIKE, Conflict, measure
-from deltamerge.apps.recommend.prune import Conclusion, seen_from, with_comment
+from deltamerge.apps.recommend.prune import Conclusion, check_new_recipe, seen_from, with_comment
 from deltamerge.apps.search.candidates import candidates_in
 from deltamerge.apps.search.evaluate import AGREEMENT, DISTANCE, SAME, SCORE_KEPT, ScoredTask, is_adapter
-from deltamerge.apps.search.judge import Part, StudyJudge
+from deltamerge.apps.search.judge import THE_BASE, Part, StudyJudge
 from deltamerge.apps.search.outcome import one_line
 from deltamerge.calibrate.q.objectives import is_regression
-from deltamerge.calibrate.rows.heads import LANGUAGE, has_head, task_of
-from deltamerge.calibrate.spec import Calibrated
-from deltamerge.errors import DeltamergeError, InputError, OutputError, UsageError
+from deltamerge.calibrate.rows.heads import LANGUAGE, check_base, has_head, task_of
+from deltamerge.calibrate.spec import KEPT_WEIGHT, Calibrated
+from deltamerge.errors import DeltamergeError, InputError, UsageError
 from deltamerge.files import progress
 from deltamerge.files.atomic import replace_file
 from deltamerge.methods.parameters import UsualValue
@@ -43,7 +43,7 @@ from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.output_config import remarks_on_configs
 from deltamerge.plan.tokenizer_differences import BY_TOKEN, other_words
 from deltamerge.recipe.output_keys import UNION
-from deltamerge.recipe.schema import Goal, Recipe, Study
+from deltamerge.recipe.schema import Calibration, Goal, Recipe, Study
 from deltamerge.run.lock import fingerprint
 from deltamerge.run.options import Options
 
@@ -157,9 +157,10 @@ class MergeCandidate(Figures):
     factor: float | None = Field(description="λ; of fitted coefficients where fitting starts.")
     coefficients: str | None = Field(description="Scope of the fitted coefficients, if they are fitted.")
     lost: dict[str, float] = Field(
-        description="By model: distance of outputs over that of the base: 0 none, 1 as if nothing was merged."
+        description="By model: distance of outputs over that of the base: 0 none, 1 as if nothing was merged. "
+        "`the base`, on rows of its own: distance from it over the models' mean one."
     )
-    lost_mean: float | None
+    lost_mean: float | None = Field(description=f"The base counts {KEPT_WEIGHT} of a model.")
     lost_worst: float | None
     agreement: dict[str, float] = Field(
         description="By model: share of its rows that are answered as it answers them (tokens, of a language model; of "
@@ -206,6 +207,7 @@ def recommend_merge(
     base: str,
     *,
     calibration: Sequence[Mapping[str, Any]] = (),
+    keep: Mapping[str, Any] | None = None,
     fit: bool = True,
     out: Path | None = None,
     options: Options | None = None,
@@ -216,10 +218,10 @@ def recommend_merge(
 
     OutputError: `out` exists.
     """
-    if out is not None and os.path.lexists(out):
-        raise OutputError(f"{out}: exists", hint="choose another name with --out")
+    if out is not None:
+        check_new_recipe(out)
     folder = None if out is None else out.parent
-    answer, _ = merge_advice(models, base, calibration=calibration, fit=fit, folder=folder, options=options)
+    answer, _ = merge_advice(models, base, calibration=calibration, keep=keep, fit=fit, folder=folder, options=options)
     if out is not None:
         replace_file(out, answer.recipe, new=True)
     return answer
@@ -230,6 +232,7 @@ def merge_advice(
     base: str,
     *,
     calibration: Sequence[Mapping[str, Any]] = (),
+    keep: Mapping[str, Any] | None = None,
     fit: bool = True,
     folder: Path | None = None,
     keys: Mapping[str, Any] | None = None,
@@ -241,19 +244,22 @@ def merge_advice(
 
         models, base   folders or hub ids
         calibration    rows as in a recipe: none, one for all models, or one a model in their order
+        keep           rows of the base, which the merge shall answer as the base does, so that it forgets less
         fit            whether coefficients are fitted, too
         folder         of the recipe; default: the current one
         keys           more keys of the recipe, which candidates have, too; none of CHOSEN_KEYS
 
-    UsageError: fewer than two models, another number of `calibration`, or keys that are chosen. InputError: what a run,
-    or a search, of these models would refuse.
+    UsageError: fewer than two models, another number of `calibration`, `keep` without it, or keys that are chosen.
+    InputError: what a run, or a search, of these models would refuse.
     """
     options = options or Options()
     more = dict(keys or {})
     if taken := [key for key in CHOSEN_KEYS if key in more]:
         hint = 'give them with a method, as in method="ties"; keys of calibration stand beside its data, in rows'
         raise UsageError(f"{', '.join(taken)}: chosen with the method", hint=hint)
-    setting = _Setting(tuple(models), base, _rows_of_each(calibration, models), options.pickles, more)
+    setting = _Setting(tuple(models), base, _rows_of_each(calibration, models), options.pickles, keep, more)
+    if keep is not None and not calibration:
+        raise UsageError("--keep is measured beside rows of the models, and there are none", hint="give these, too")
     parse(setting.recipe(WHOLE, 1.0))  # keys that no recipe has are refused at once
     adviser = _Adviser(setting, options)
     found, way, factor, fitted = adviser.advice(fit=fit)
@@ -281,6 +287,7 @@ def names_of(models: Sequence[str]) -> list[str]:
 class _Setting:
     """The models to merge, their base and their rows.
 
+    keep     rows of the base, which a merge shall answer as the base does
     keys     further keys of the recipe
     joined   whether the models have different vocabularies: they are judged with the tokens of all
     """
@@ -289,6 +296,7 @@ class _Setting:
     base: str
     rows: tuple[Mapping[str, Any], ...]
     pickles: bool
+    keep: Mapping[str, Any] | None = None
     keys: Mapping[str, Any] = field(default_factory=dict)
     joined: bool = False
 
@@ -326,6 +334,10 @@ class _Setting:
             if self.rows and (judged or way.needs_rows):
                 one["calibration"] = {**self.rows[i], "data": seen(str(self.rows[i]["data"]))}
             models.append(one)
+        if self.keep is not None and (judged or way.fitted is not None):
+            models.append({"model": seen(self.base)})
+            if way.fitted is not None:
+                models[-1]["calibration"] = {**self.keep, "data": seen(str(self.keep["data"]))}
         made: dict[str, Any] = {
             "base_model": seen(self.base),
             "merge_method": way.method,
@@ -374,12 +386,12 @@ class _Adviser:
             judge: StudyJudge | None = None
             if self.setting.rows:  # before `measure`, so that rows which do not fit are refused at once
                 judge = stack.enter_context(
-                    closing(StudyJudge(self.candidates, start, STUDY, self._goals(start), (SCORE_KEPT,)))
+                    closing(StudyJudge(self.candidates, start, STUDY, self._goals(start), (SCORE_KEPT,), self._kept()))
                 )
                 search, held = judge.rows("search"), judge.rows("held")
             conflict = measure(roots, device=planning.device, workers=planning.workers)
             if judge is not None:
-                classes = {task.name: _classes(task) for task in judge.tasks.values()}
+                classes = {task.name: _classes(task) for task in judge.tasks.values() if task.name != THE_BASE}
                 found, good = self._judge(judge, SCOPES if fit else (), conflict, classes)
                 if not good:
                     raise InputError(f"no merge of these models can be judged: {next(iter(found.values())).error}")
@@ -420,6 +432,19 @@ class _Adviser:
     def recipe(self, way: Way, factor: float) -> Recipe:
         """Return the recipe of a way at a λ, with the rows of every model."""
         return parse(self.setting.recipe(way, factor, judged=True))
+
+    def _kept(self) -> Calibration | None:
+        """Return the rows of the base, as a recipe of fitted coefficients has them. InputError: it has no head."""
+        if self.setting.keep is None:
+            return None
+        recipe = self.recipe(WHOLE.by("layer"), 1.0)
+        assert recipe.kept is not None
+        calibration = recipe.calibration_of(recipe.kept)
+        assert calibration is not None
+        base = self.candidates.inputs(recipe).base
+        assert base is not None
+        check_base(calibration, base.checkpoint.config)
+        return calibration
 
     def _goals(self, start: Recipe) -> list[Goal]:
         """Return the goals: distance from every fine-tune, and the answers of models that have a head."""
@@ -465,7 +490,7 @@ class _Adviser:
         found |= {way: trials.candidate(way) for way in fits.values()}
         if fitted := [way for way in fits.values() if found[way].error is None]:
             on_held = {way: trials.candidate(way, ["held"]) for way in found if trials.is_known(way, "held")}
-            first = min((good[0], *fitted), key=lambda way: fmean(on_held[way].lost.values()))
+            first = min((good[0], *fitted), key=lambda way: mean_lost(on_held[way].lost))
             if first in fitted:
                 assert first.fitted is not None
                 start = starts[first.fitted]
@@ -494,7 +519,8 @@ class _Trials:
     @cached_property
     def tuning(self) -> list[Part]:
         """Return the parts that choose λ: all, but where more rows are held out than are searched on."""
-        many = any(self.rows["held"][name] > count for name, count in self.rows["search"].items())
+        counts = {name: count for name, count in self.rows["search"].items() if name != THE_BASE}
+        many = any(self.rows["held"][name] > count for name, count in counts.items())
         return ["search"] if many else ["search", "held"]
 
     def try_at(self, way: Way, factors: Sequence[float]) -> None:
@@ -503,7 +529,7 @@ class _Trials:
         parts = self._unseen(way, self.tuning) or ["held"]
         try:
             self._measure(way, rounded, parts)
-            lost = {factor: fmean(self._pooled(way, factor, parts, DISTANCE).values()) for factor in rounded}
+            lost = {factor: mean_lost(self._pooled(way, factor, parts, DISTANCE)) for factor in rounded}
             if any(value != value for value in lost.values()):
                 raise InputError("what it loses is not a number")
             self.tried.setdefault(way, {}).update(lost)
@@ -580,7 +606,7 @@ class _Trials:
             factor=factor,
             coefficients=way.fitted,
             lost=lost,
-            lost_mean=fmean(lost.values()) if lost else None,
+            lost_mean=mean_lost(lost) if lost else None,
             lost_worst=max(lost.values()) if lost else None,
             agreement=same,
             forecast=forecast,
@@ -648,11 +674,18 @@ def best_first(judged: Mapping[Way, MergeCandidate]) -> list[Way]:
     return sorted(judged, key=worth, reverse=True)
 
 
+def mean_lost(lost: Mapping[str, float]) -> float:
+    """Return the mean over models. The base, if it has rows, counts KEPT_WEIGHT of a model."""
+    weights = {name: KEPT_WEIGHT if name == THE_BASE else 1.0 for name in lost}
+    return sum(weights[name] * value for name, value in lost.items()) / sum(weights.values())
+
+
 def standing(candidate: MergeCandidate) -> float | None:
     """Return the mean over models by which merges are compared. Return None if a model's answers do not tell.
 
     A classifier's answer that differs from the fine-tune's is worth DIFFERS, and other models have their expected
     share. A classifier's expected share names the best merge less often with few rows (docs/measurements/merging.md).
+    A base with rows counts as in `mean_lost`.
     """
 
     def worth(one: SkillForecast) -> float | None:
@@ -661,7 +694,11 @@ def standing(candidate: MergeCandidate) -> float | None:
         alike = candidate.agreement.get(one.model)
         return None if alike is None else DIFFERS + (1 - DIFFERS) * alike
 
-    return _mean_of_all(list(map(worth, candidate.forecast)))
+    found = _mean_of_all(list(map(worth, candidate.forecast)))
+    if found is None or THE_BASE not in candidate.lost:
+        return found
+    count, kept = len(candidate.forecast), KEPT_WEIGHT * max(0.0, 1.0 - candidate.lost[THE_BASE])
+    return (count * found + kept) / (count + KEPT_WEIGHT)
 
 
 def with_rows(judged: Mapping[Way, MergeCandidate], good: Sequence[Way]) -> tuple[Way, float, list[str]]:
@@ -671,11 +708,16 @@ def with_rows(judged: Mapping[Way, MergeCandidate], good: Sequence[Way]) -> tupl
     others = best_first(plain)[:1] if way.fitted is not None else []
     others += [ARITHMETIC] if ARITHMETIC in plain and ARITHMETIC not in (way, *others) else []
     beside = [judged[one] for one in others]
-    why = [f"it loses {best.lost_mean:.1%} of the fine-tunes' effect on outputs"]
-    why[0] += "".join(f", {one.name} {one.lost_mean:.1%}" for one in beside)
+    of_tunes = [fmean(value for name, value in one.lost.items() if name != THE_BASE) for one in (best, *beside)]
+    why = [f"it loses {of_tunes[0]:.1%} of the fine-tunes' effect on outputs"]
+    why[0] += "".join(f", {one.name} {lost:.1%}" for one, lost in zip(beside, of_tunes[1:], strict=True))
     if (share := mean_share(best.forecast)) is not None:
         shares = "".join(f", {one.name} {mean_share(one.forecast) or 0.0:.1%}" for one in beside)
         why.insert(0, f"it should keep {share:.1%} of the fine-tunes' scores{shares}")
+    if THE_BASE in best.lost:
+        why.append(
+            f"on rows of the base it leaves the base {best.lost[THE_BASE]:.0%} as far as the fine-tunes do on average"
+        )
     if best.agreement:
         worst = min(best.agreement, key=lambda name: best.agreement[name])
         mean = fmean(best.agreement.values())

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from pydantic import Field
 
 from deltamerge.apps.inspect.statistics import DeltaMoments, Figures, Pair, activations, pair_recipe, pairs_of, together
@@ -24,6 +23,7 @@ from deltamerge.calibrate.rows.heads import has_head, metric_of
 from deltamerge.errors import OutputError
 from deltamerge.errors.shown import as_html, shown
 from deltamerge.files.atomic import replace_file
+from deltamerge.files.descriptors import check_folder
 from deltamerge.formats.delta.positions import expected_bits
 from deltamerge.formats.delta.values import VALUE_BITS
 from deltamerge.plan.kinship import swapped, unrelated
@@ -31,6 +31,7 @@ from deltamerge.plan.output_config import remarks_on_configs
 from deltamerge.plan.tokenizer_differences import other_words
 from deltamerge.recipe.prune import Pruning, choose, q_decides
 from deltamerge.recipe.schema import Calibration
+from deltamerge.recipe.yaml_source import dumped
 from deltamerge.run.options import choose_device
 
 if TYPE_CHECKING:
@@ -173,8 +174,8 @@ def recommend_prune(
     The other arguments are those of `inspect`. A `label` in `calibration` asks for the metric of the held-out rows.
     OutputError: `out` exists, or cannot be written.
     """
-    if out is not None and os.path.lexists(out):
-        raise OutputError(f"{out}: exists", hint="choose another name with --out")
+    if out is not None:
+        check_new_recipe(out)
     inputs = open_pair(model, base, pickles=pickles)
     differing = list(remarks_on_configs(inputs, refuse=True))
     pairs, _ = pairs_of(inputs)
@@ -386,15 +387,20 @@ def with_recipe(answer: Recommendation, recipe: Mapping[str, Any]) -> Recommenda
     return answer.model_copy(update={"recipe": with_comment(head, recipe)})
 
 
+def check_new_recipe(path: Path) -> None:
+    """Raise OutputError unless a new file can be made at `path`."""
+    if os.path.lexists(path):
+        raise OutputError(f"{path}: exists", hint="choose another name with --out")
+    check_folder(path.parent)
+
+
 def with_comment(head: Sequence[str], recipe: Mapping[str, Any]) -> str:
     """Return a recipe as YAML below a comment, a paragraph for each line of `head`."""
     wrapper = textwrap.TextWrapper(
         COMMENT, initial_indent="# ", subsequent_indent="# ", break_long_words=False, break_on_hyphens=False
     )
     text = "".join(f"{line}\n" for words in head for line in wrapper.wrap(words))
-    plain, escaped = (
-        yaml.safe_dump(dict(recipe), sort_keys=False, width=1000, allow_unicode=every) for every in (True, False)
-    )
+    plain, escaped = (dumped(dict(recipe), width=1000, unicode=every) for every in (True, False))
     return text + (plain if plain.replace("\n", "").isprintable() else escaped)
 
 

@@ -36,6 +36,7 @@ from deltamerge.tensors.views import moves_rows
 FREE = frozenset({"parameters", "prune", "seed", "calibration", "study", "dtype", "out_dtype"})
 HINT = "objective: {command: {run: …}} is given the merged folder, whatever it holds"
 KEEP = f"{BY_TOKEN} keeps every token; {HINT}"
+OF_BASE = -1  # the index of the base, where a candidate stands beside it
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,11 +44,11 @@ class RecipeCandidate:
     """A recipe, and the merged tensors of its output.
 
     roots        output name -> the node of the tensor, rounded to the output's dtype
-    places       (fine-tune's index, its name of a tensor) -> output name
+    places       (fine-tune's index or OF_BASE, its name of a tensor) -> output name
     merges       output name -> the merge
     stages       nodes that run before the first tile: activations, q's
-    token_rows   (fine-tune's index, its name of a tensor) -> the output's row of each of its ids, −1 for padding; of
-                 tensors whose rows are moved to the output's vocabulary
+    token_rows   (fine-tune's index or OF_BASE, its name of a tensor) -> the output's row of each of its ids, −1 for
+                 padding; of tensors whose rows are moved to the output's vocabulary
     """
 
     recipe: Recipe
@@ -109,6 +110,11 @@ class RecipeCandidates:
                 else:
                     _check(merge, tuned.model.name, name, tensors)
                 places[tuned.index][name] = merge.name
+        if inputs.base is not None:
+            based = {merge.name: merge.base for merge in found.merges if merge.base is not None}
+            places[OF_BASE] = {info.name: name for name, info in based.items()}
+            tables = [info.name for info in based.values() if vocabulary is not None and moves_rows(info)]
+            moved[OF_BASE] = {name: vocabulary.rows_of(inputs.base) for name in tables} if vocabulary else {}
         stages = found.builder.deltas.stages
         whole = [node for node in (stages.totals, stages.rows) if node is not None]
         nodes = (*stages.activations.values(), *stages.cuts.values(), *stages.calibrations, *whole)

@@ -30,7 +30,7 @@ from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.errors.shown import as_html
 from deltamerge.errors.shown import shown as printable
 from deltamerge.files import progress
-from deltamerge.files.descriptors import writing
+from deltamerge.files.descriptors import check_folder, writing
 from deltamerge.files.hashes import seal
 from deltamerge.models.checkpoint import Checkpoint, decoded
 from deltamerge.models.matching import shared_names
@@ -49,6 +49,7 @@ AGREEMENT, DISTANCE = "agreement", "distance"
 SAME = "same_answers"
 SCORE_KEPT = "kept_score"
 """The expected share of the fine-tune's score, from its answers alone. Recipes cannot name it."""
+SCORED = '{"key": '  # how a line of scores begins
 LOSS = "loss"
 EXACT = "exact_match"
 CLASSES = ("accuracy", "f1", "matthews_correlation", LOSS)
@@ -345,7 +346,10 @@ def evaluate(
     opened = {model: open_model(model, base, pickles=pickles) for model in dict.fromkeys(models)}
     scores: dict[str, dict[str, dict[str, float]]] = {model: {} for model in opened}
     rows: dict[str, int] = {}
-    known = _read_scores(out) if out is not None else {}
+    known = {}
+    if out is not None:
+        known = _read_scores(out)
+        check_folder(out.parent)
     with Reader() as reader:
         asked = [
             answer
@@ -442,16 +446,18 @@ def _seals(paths: Iterable[Path]) -> dict[str, list[int]]:
 
 
 def _read_scores(path: Path) -> dict[str, dict[str, float]]:
-    """Read scores by key. A line that was cut short is left out. OutputError: the file holds something else."""
+    """Read scores by key. A last line that was cut short is left out. OutputError: the file holds something else."""
     found: dict[str, dict[str, float]] = {}
-    lines = path.read_text("utf-8", "replace").splitlines() if os.path.lexists(path) else []
+    text = path.read_text("utf-8", "replace") if os.path.lexists(path) else ""
+    *lines, last = text.split("\n")
+    if last and not (last.startswith(SCORED) or SCORED.startswith(last)):
+        lines.append(last)
     for number, line in enumerate(lines, 1):
         try:
             entry = json.loads(line)
             found[entry["key"]] = {name: float(value) for name, value in entry["scores"].items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            if number < len(lines):
-                raise OutputError(f"{path}:{number}: is no line of scores", hint="another name with --out") from None
+            raise OutputError(f"{path}:{number}: is no line of scores", hint="another name with --out") from None
     return found
 
 

@@ -21,7 +21,7 @@ from deltamerge.engine.execute import shared_values
 from deltamerge.errors import GO_ON, DeltamergeError, OutputError, RecipeError, interruptible
 from deltamerge.errors.shown import shown, some
 from deltamerge.files.atomic import PASSING
-from deltamerge.files.descriptors import lock, writing
+from deltamerge.files.descriptors import check_folder, lock, writing
 from deltamerge.files.hashes import seal
 from deltamerge.files.ownership import foreign_entries, refuse_others, replace_own
 from deltamerge.files.work_folder import look
@@ -129,7 +129,8 @@ def input_facts(file: TemplateFile, values: Mapping[Loc, Any], options: Options)
 def _rows_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """Return the rows of a recipe and its study by their files: name, size and time, or a commit of the hub."""
     found: dict[str, Any] = {}
-    rows = (recipe.calibration_of(i) for i in recipe.fine_tunes)
+    kept = [] if recipe.kept is None else [recipe.kept]
+    rows = (recipe.calibration_of(i) for i in (*recipe.fine_tunes, *kept))
     data = [calibration.data for calibration in rows if calibration is not None]
     test = recipe.study.test if recipe.study is not None else None
     data += [test] if isinstance(test, str) else list(test.values()) if test is not None else []
@@ -168,6 +169,9 @@ def check_best(recipe: Path, *, force: bool, rows: bool = False) -> None:
     `rows`: the rows of the lock too. `force` allows it.
     """
     best = best_path(recipe)
+    check_folder(
+        best.parent, "the best recipe lies beside RECIPE, for its relative paths: copy RECIPE to another folder"
+    )
     refuse_others(best, recipe.name, force=force)
     refuse_foreign_lock(best.with_suffix(".lock"), recipe.name, rows=rows, force=force)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from deltamerge import errors
-from deltamerge.apps.search.candidates import RecipeCandidate, RecipeCandidates
+from deltamerge.apps.search.candidates import OF_BASE, RecipeCandidate, RecipeCandidates
 from deltamerge.apps.search.evaluate import (
     AGREEMENT,
     ALL_ROWS,
@@ -40,8 +40,9 @@ from deltamerge.engine.execute import Task as Piece
 from deltamerge.engine.execute import computed, default_workers, execute, shared_values
 from deltamerge.errors import InputError
 from deltamerge.methods.ops import dense
+from deltamerge.models.checkpoint import Checkpoint
 from deltamerge.plan.vocabulary import Rows
-from deltamerge.recipe.schema import Goal, Recipe, Study
+from deltamerge.recipe.schema import Calibration, Goal, Recipe, Study
 from deltamerge.tensors.dtypes import nbytes_of, torch_dtype
 from deltamerge.tensors.names import resident_size
 from deltamerge.tensors.reader import Reader
@@ -53,6 +54,7 @@ from deltamerge.tensors.views import in_memory
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 PRUNING = "deltamerge.methods.prune."
+THE_BASE = "the base"  # its name among the fine-tunes
 GIVEN = "deltamerge.apps.search.judge:given"
 
 
@@ -194,6 +196,15 @@ def in_own_rows(tensors: Mapping[str, Tensor], rows: Mapping[str, Rows], task: S
     return found
 
 
+def _between(ours: Rows, theirs: Rows) -> Rows:
+    """Return the row of another model of each of our ids, −1 where it lacks the token, from both models' rows in the
+    output."""
+    found = np.full(max(int(ours.max()), int(theirs.max())) + 1, -1, np.int32)
+    (there,) = np.nonzero(theirs >= 0)
+    found[theirs[there]] = there
+    return np.where(ours >= 0, found[ours], -1).astype(np.int32)
+
+
 def _common(roots: Sequence[Node]) -> list[Node]:
     """Return the nodes at which to cut the graphs of one tensor: common to several, and of its size.
 
@@ -258,6 +269,9 @@ class StudyJudge:
     start       a candidate; all others have the same fine-tunes
     also        measures without labels beside the goals' measures
     bases       scores of the base, with each fine-tune's head, by part of the rows
+
+    With rows of the base, `kept`, the base is one fine-tune more, THE_BASE, and its agreement a share of the
+    fine-tunes' mean one.
     """
 
     def __init__(
@@ -267,6 +281,7 @@ class StudyJudge:
         study: Study,
         goals: Sequence[Goal],
         also: Collection[str] = (),
+        kept: Calibration | None = None,
     ) -> None:
         self.candidates, self.study, self.also = candidates, study, frozenset(also)
         self.device = candidates.options.device
@@ -276,6 +291,10 @@ class StudyJudge:
         self.start = candidates.of(recipe)
         inputs = candidates.inputs(recipe)
         self.tasks: dict[int, ScoredTask] = {}
+
+        def task_of(name: str, checkpoint: Checkpoint, calibration: Calibration) -> ScoredTask:
+            return ScoredTask(name, checkpoint, calibration, candidates.folder, self.reader, self.device)
+
         for tune in inputs.tunes:
             if tune.index is None or tune.index not in recipe.fine_tunes:
                 continue
@@ -283,14 +302,9 @@ class StudyJudge:
             if calibration is None:
                 hint = "calibration: {data: rows.jsonl}, or beside the model"
                 raise InputError(f"{tune.name}: has no rows to be judged on", hint=hint)
-            self.tasks[tune.index] = ScoredTask(
-                tune.name,
-                tune.checkpoint,
-                calibration,
-                candidates.folder,
-                self.reader,
-                self.device,
-            )
+            self.tasks[tune.index] = task_of(tune.name, tune.checkpoint, calibration)
+        if kept is not None and inputs.base is not None:
+            self.tasks[OF_BASE] = task_of(THE_BASE, inputs.base.checkpoint, kept)
         self.seed = recipe.seed
         self.wanted = {index: self._measures(task, goals) for index, task in self.tasks.items()}
         self._rows: dict[int, dict[Part, list[DataRow]]] = {}
@@ -379,7 +393,7 @@ class StudyJudge:
                 metrics, compared = self.wanted[index]
                 made[index] = task.sheet(self._of(index)[part], metrics, compared)
             self._sheets[part] = made
-            self.bases[part] = self._scores_of(made, self._base)
+            self.bases[part] = self._reference(made)
         return self._sheets[part]
 
     def references(self, part: Part) -> dict[str, Scores]:
@@ -396,6 +410,39 @@ class StudyJudge:
             task = self.tasks[index]
             ((found[task.name],),) = measured([(task, sheet)], [[weights(index)]])
         return found
+
+    def _reference(self, sheets: Mapping[int, Sheet]) -> Scores:
+        """Return the scores that agreement is a share of: the base's, and on its rows the mean of the fine-tunes'."""
+        found = self._scores_of({index: sheet for index, sheet in sheets.items() if index != OF_BASE}, self._base)
+        if OF_BASE not in sheets:
+            return found
+        task = self.tasks[OF_BASE]
+        tunes = [self._in_base(index) for index in self.tasks if index != OF_BASE]
+        (scores,) = measured([(task, sheets[OF_BASE])], [tunes])
+        return {**found, task.name: {DISTANCE: sum(one[DISTANCE] for one in scores) / len(scores)}}
+
+    def _in_base(self, index: int) -> Weights:
+        """Return a fine-tune's own weights by the base's names, with rows in the order of the base's tokens."""
+        base, tune, places = self.tasks[OF_BASE], self.tasks[index], self.start.places[OF_BASE]
+        stored = {out: name for name, out in self.start.places[index].items()}
+        of_base, of_tune = self.start.token_rows[OF_BASE], self.start.token_rows[index]
+
+        def of(names: Sequence[str]) -> dict[str, Tensor]:
+            theirs = {name: stored[places[name]] for name in names if name in places}
+            made = tune.own(list(theirs.values()))
+            found = {name: made[own] for name, own in theirs.items()}
+            rows = {
+                name: _between(
+                    of_base.get(name, np.arange(base.checkpoint.tensors[name].shape[0], dtype=np.int32)),
+                    of_tune.get(own, np.arange(found[name].shape[0], dtype=np.int32)),
+                )
+                for name, own in theirs.items()
+                if name in of_base or own in of_tune
+            }
+            others = base.own([name for name in names if name not in theirs])
+            return {**in_own_rows(found, rows, base), **others}
+
+        return of
 
     def _base(self, index: int) -> Weights:
         task, places, rows = self.tasks[index], self.start.places[index], self.start.token_rows[index]
@@ -426,6 +473,8 @@ class StudyJudge:
 
     def _measures(self, task: ScoredTask, goals: Sequence[Goal]) -> tuple[list[str], frozenset[str]]:
         """Return the metrics that a fine-tune is judged by, and the measures without labels."""
+        if task is self.tasks.get(OF_BASE):
+            return [], frozenset({AGREEMENT})
         asked = [goal.by for goal in goals if goal.of_folder is None and goal.of in (None, task.name)]
         named = (task.metric if by == "metric" else by for by in asked if by not in UNLABELLED)
         metrics = list(dict.fromkeys(named))

@@ -6,11 +6,14 @@ rows; the objective is the sum of theirs.
 Coefficients are fitted by gradient. The merged model base + Σ c_k D_k is fitted to every fine-tune's output
 distribution on that fine-tune's own rows, with its head, by Adam on the c alone. Nothing is labelled. The states that a
 head of classes or numbers reads count as much as its outputs, since they say more of a row. The distances are shares of
-the base's, so that all tasks count alike. Data of classifiers is varied in each turn where rows have factors, since so
-many factors fit a few texts by heart. Weights of a block are made when it runs, forward and backward, and then freed.
-Where no fine-tune has a head of its own, rows of all run together, so that weights are made once for all. Several GPUs
-share the fine-tunes: each has the base, the deltas and some of the fine-tunes, whose gradients are added up in their
-order on the first. A plan names the functions, so torch is imported when they run.
+the base's, so that all tasks count alike. Rows of the base are a task of their own weight: the distance from the base
+is a share of the fine-tunes' mean one, which is what they forgot.
+
+Data of classifiers is varied in each turn where rows have factors, since so many factors fit a few texts by heart.
+Weights of a block are made when it runs, forward and backward, and then freed. Where no fine-tune has a head of its
+own, rows of all run together, so that weights are made once for all. Several GPUs share the fine-tunes: each has the
+base, the deltas and some of the fine-tunes, whose gradients are added up in their order on the first. A plan names the
+functions, so torch is imported when they run.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from deltamerge.calibrate.spec import (
 )
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.engine import backends
-from deltamerge.engine.devices import torch_devices
+from deltamerge.engine.devices import current, torch_devices
 from deltamerge.tensors.lazy import torch
 from deltamerge.tensors.reader import Reader
 from deltamerge.tensors.tensor import Node
@@ -134,6 +137,11 @@ class _Merge:
             found[name] = plain.view(-1, *[1] * len(shape)).expand(-1, *shape).clone()
         return found
 
+    @property
+    def count(self) -> float:
+        """Return the weight of all models; a fine-tune's is 1."""
+        return len(self.subjects) - 1 + self.spec.base_weight if self.spec.base_weight else len(self.subjects)
+
     def nothing(self) -> dict[str, Tensor]:
         """Return coefficients of 0, which give the base."""
         return {name: values * 0.0 for name, values in self.start().items()}
@@ -166,6 +174,19 @@ class _Merge:
                 alike = subject.infos[name].shape == first.infos[stored_there].shape
                 found[name] = shared.sum(own[name], make) if shared is not None and alike else make()
             return found
+
+        return made
+
+    def own_weights(self, task: int) -> Weights:
+        """Return a fine-tune's own weights under the base's names."""
+        base, tune, of_base = self.subjects[-1], self.subjects[task], self.own[-1]
+        stored = {name: own for own, name in self.own[task].items()}
+
+        def made(names: Sequence[str]) -> dict[str, Tensor]:
+            theirs = {name: stored[of_base[name]] for name in names if name in of_base}
+            found = tune.tune(list(theirs.values()))
+            rest = base.tune([name for name in names if name not in theirs])
+            return {**rest, **{name: found[own].to(base.device) for name, own in theirs.items()}}
 
         return made
 
@@ -213,7 +234,7 @@ def _varied(subject: Subject, rows: _Rows, turn: int) -> _Rows:
 def _scaled(merge: _Merge, tasks: Sequence[_Rows]) -> tuple[list[_Rows], list[float]]:
     """Return the rows with a weight of their states, by which outputs and states count alike, and the base's losses."""
     nothing = merge.nothing()
-    scales = [value if value > SMALLEST else 1.0 for value in _values(merge, [task.stop for task in tasks], nothing)]
+    scales = _scales(merge, [task.stop for task in tasks])
     if any(task.stop.states is None for task in tasks):
         return list(tasks), scales
     changes = _values(merge, [task.stop.states for task in tasks], nothing)
@@ -223,6 +244,18 @@ def _scaled(merge: _Merge, tasks: Sequence[_Rows]) -> tuple[list[_Rows], list[fl
         for task, weight in zip(tasks, weights, strict=True)
     ]
     return weighted, [scale + weight * change for scale, weight, change in zip(scales, weights, changes, strict=True)]
+
+
+def _scales(merge: _Merge, objectives: Sequence[Any]) -> list[float]:
+    """Return the distances that count as 1: the base's from each fine-tune, and the fine-tunes' mean one from the base
+    on its rows, over the weight of these. Not known: 1."""
+    found = _values(merge, objectives, merge.nothing())
+    if merge.spec.base_weight:
+        base, tunes = merge.subjects[-1], range(len(merge.subjects) - 1)
+        with current(base.device):
+            forgot = base.evaluate(objectives[-1], [merge.own_weights(i) for i in tunes])
+        found[-1] = sum(forgot) / len(forgot) / merge.spec.base_weight
+    return [value if value > SMALLEST else 1.0 for value in found]
 
 
 def _joined(batches: Sequence[Inputs], pad: int) -> dict[str, Tensor]:
@@ -318,7 +351,7 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
 
     def look() -> float:
         values = _values(merge, [task.stop for task in tasks], of_name())
-        return sum(value / scale for value, scale in zip(values, scales, strict=True)) / len(tasks)
+        return sum(value / scale for value, scale in zip(values, scales, strict=True)) / merge.count
 
     def descend_all(step: int) -> None:
         """Run the rows of all fine-tunes at once, texts of like length together."""
@@ -463,14 +496,15 @@ def _judged(merge: _Merge, choices: Sequence[Coefficients]) -> tuple[HeldOutMeas
     judges = list(in_turns(merge.places, merge.subjects, lambda _, subject: subject.judge()))
     objectives = [judge.objective for judge in judges]
     labelled = all(subject.metric is not None for subject in merge.subjects)
-    scales = [1.0] * len(judges) if labelled else _values(merge, objectives, merge.nothing())
+    scales = [1.0] * len(judges) if labelled else _scales(merge, objectives)
     totals = []
     for chosen in choices:
         values = zip(_values(merge, objectives, chosen), scales, strict=True)
-        totals.append(sum(value / (scale if scale > SMALLEST else 1.0) for value, scale in values) / len(judges))
+        totals.append(sum(value / scale for value, scale in values) / merge.count)
     judge = mean_judge(judges)
     if not labelled:
-        judge = replace(judge, measure=f"{judge.measure}, each as a share of the base's,")
+        kept = ", and of the base as a share of theirs from it," if merge.spec.base_weight else ","
+        judge = replace(judge, measure=f"{judge.measure}, each as a share of the base's{kept}")
     return judge, totals[:-1], totals[-1]
 
 
@@ -557,5 +591,5 @@ def mean_judge(judges: Sequence[HeldOutMeasure]) -> HeldOutMeasure:
 
     measures = list(dict.fromkeys(judge.measure for judge in judges))
     one, trusted = judges[0], all(judge.trusted for judge in judges)
-    measure = f"mean {' and '.join(measures)} of {len(judges)} fine-tunes"
+    measure = f"mean {' and '.join(measures)} of {len(judges)} models"
     return HeldOutMeasure(one.objective, measure, one.rows, trusted, higher=all(judge.higher for judge in judges))

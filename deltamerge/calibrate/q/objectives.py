@@ -189,7 +189,7 @@ class Validation:
     labels: Sequence[Tensor]
     metric: str
 
-    def reduce(self, batch: int, output: BlockOutput) -> tuple[Any, Any]:
+    def reduce(self, batch: int, output: BlockOutput) -> tuple[Any, ...]:
         if output.scores is None:
             raise InputError("validation needs a model with a head", hint="objective: output_change")
         labels = self.labels[batch].to(output.hidden.device)
@@ -198,13 +198,14 @@ class Validation:
         logits = output.logits
         assert logits is not None
         predicted = logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
-        return predicted.cpu().numpy(), labels.cpu().numpy()
+        return predicted.cpu().numpy(), labels.cpu().numpy(), logits.shape[-1]
 
-    def value(self, parts: Sequence[tuple[Any, Any]]) -> float:
+    def value(self, parts: Sequence[tuple[Any, ...]]) -> float:
         if self.metric == "loss":
             return float(sum(total for total, _ in parts) / sum(count for _, count in parts))
-        predicted, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return 1.0 - METRICS[self.metric](predicted, labels)
+        *columns, classes = zip(*parts, strict=True)
+        predicted, labels = map(np.concatenate, columns)
+        return 1.0 - METRICS[self.metric](predicted, labels, classes[0])
 
 
 @dataclass
@@ -584,16 +585,17 @@ def _log_softmax(values: Matrix) -> Matrix:
     return np.asarray(shifted - np.log(np.exp(shifted).sum(1, keepdims=True)), dtype=np.float64)
 
 
-# Metrics of predictions against labels, each in [−1, 1], larger is better. Definitions are those of scikit-learn and of
-# the GLUE benchmark. A metric that is undefined (one class, constant predictions) is 0.
+# Metrics of predictions, labels, and the number of classes of the head. Each is in [−1, 1], larger is better.
+# Definitions are those of scikit-learn and of the GLUE benchmark. A metric that is undefined (one class, constant
+# predictions) is 0.
 
 
-def accuracy(predicted: ArrayLike, labels: ArrayLike) -> float:
+def accuracy(predicted: ArrayLike, labels: ArrayLike, _: int = 0) -> float:
     """Return the share of equal entries."""
     return float(np.mean(np.asarray(predicted) == np.asarray(labels)))
 
 
-def matthews_correlation(predicted: ArrayLike, labels: ArrayLike) -> float:
+def matthews_correlation(predicted: ArrayLike, labels: ArrayLike, _: int = 0) -> float:
     """Return Matthews' correlation of any number of classes (Gorodkin's R_K)."""
     p, y = np.asarray(predicted), np.asarray(labels)
     classes = np.union1d(p, y)
@@ -603,22 +605,21 @@ def matthews_correlation(predicted: ArrayLike, labels: ArrayLike) -> float:
     return _over(covariance, float(np.sqrt(np.sum((p_NC - p_NC.mean(0)) ** 2) * np.sum((y_NC - y_NC.mean(0)) ** 2))))
 
 
-def f1(predicted: ArrayLike, labels: ArrayLike) -> float:
-    """Return F1 of class 1 where there are two classes; else the mean of the F1 of every class (macro)."""
+def f1(predicted: ArrayLike, labels: ArrayLike, classes: int) -> float:
+    """Return F1 of class 1 of a head of two classes; else the mean F1 of the classes seen (macro, as scikit-learn)."""
     p, y = np.asarray(predicted), np.asarray(labels)
-    classes = np.union1d(p, y)
-    scored = [1] if set(classes.tolist()) <= {0, 1} else classes.tolist()
+    scored = [1] if classes == 2 else np.union1d(p, y).tolist()
     return float(
         np.mean([_over(2.0 * np.sum((p == c) & (y == c)), float(np.sum(p == c) + np.sum(y == c))) for c in scored])
     )
 
 
-def accuracy_f1(predicted: ArrayLike, labels: ArrayLike) -> float:
+def accuracy_f1(predicted: ArrayLike, labels: ArrayLike, classes: int) -> float:
     """Return the mean of accuracy and F1 (GLUE's MRPC and QQP)."""
-    return (accuracy(predicted, labels) + f1(predicted, labels)) / 2.0
+    return (accuracy(predicted, labels) + f1(predicted, labels, classes)) / 2.0
 
 
-def pearson_spearman(predicted: ArrayLike, labels: ArrayLike) -> float:
+def pearson_spearman(predicted: ArrayLike, labels: ArrayLike, _: int = 0) -> float:
     """Return the mean of Pearson's and Spearman's correlation (GLUE's STS-B); ties have their mean rank."""
     p, y = np.asarray(predicted, dtype=np.float64), np.asarray(labels, dtype=np.float64)
     return (_pearson(p, y) + _pearson(_ranks(p), _ranks(y))) / 2.0
@@ -642,7 +643,7 @@ def answer(text: str, pattern: str | None = None) -> str | None:
     return matches[-1][1 if matches[-1].re.groups else 0].strip() if matches else None
 
 
-Metric = Callable[[Any, Any], float]
+Metric = Callable[[Any, Any, int], float]
 METRICS: dict[str, Metric] = {
     "accuracy": accuracy,
     "matthews_correlation": matthews_correlation,

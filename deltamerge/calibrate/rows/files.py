@@ -66,7 +66,7 @@ def read(
 
     InputError: no such file, no rows, a row that lacks a field.
     """
-    path = folder / source
+    path = folder / os.path.expanduser(source)
     fields = [text] if isinstance(text, str) else list(text)
     with context(f"calibration data {source}"):
         of_hub = is_of_hub(source, folder)
@@ -77,8 +77,7 @@ def read(
         elif path.is_file() and path.suffix in FILES:
             rows = [_row(n, fields, label, record, path.parent) for n, record in _records(path)]
         elif not of_hub:
-            wrong = "is no .jsonl, .csv, .txt or .parquet file" if path.exists() else "no such file"
-            raise InputError(wrong, hint=f"give a {', '.join(sorted(FILES))} file, a folder of pictures, or a hub id")
+            raise _no_rows(path)
         else:
             found = read_hub(source, config=config, split=split or "train", limit=limit)
             rows = [_row(n, fields, label, record, None) for n, record in enumerate(found, 1)]
@@ -87,20 +86,27 @@ def read(
     return rows
 
 
+def _no_rows(path: Path) -> InputError:
+    wrong = "is no .jsonl, .csv, .txt or .parquet file" if path.exists() else "no such file"
+    return InputError(wrong, hint=f"give a {', '.join(sorted(FILES))} file, a folder of pictures, or a hub id")
+
+
 def count(path: Path, most: int) -> int:
     """Return the number of rows of a file, counted up to `most`. InputError: it cannot be read."""
-    with context(f"calibration data {path.name}"):
+    with context(f"calibration data {path}"):
+        if path.suffix not in FILES:
+            raise _no_rows(path)
         return sum(1 for _ in itertools.islice(_records(path), most))
 
 
 def is_of_hub(source: str, folder: Path) -> bool:
     """Tell whether `source` is the id of a hub data set; a file or folder beside the recipe takes precedence."""
-    return not (folder / source).exists() and Path(source).suffix not in FILES and is_hub_id(source)
+    return not (folder / os.path.expanduser(source)).exists() and Path(source).suffix not in FILES and is_hub_id(source)
 
 
 def local_files(source: str, folder: Path) -> list[Path]:
     """Return the local files of `source`: one file, or a folder's pictures; none for a hub data set."""
-    path = folder / source
+    path = folder / os.path.expanduser(source)
     if path.is_dir():
         return sorted(Path(name) for name in _below(path) if Path(name).suffix.lower() in PICTURES)
     return [path] if path.is_file() else []
@@ -140,7 +146,8 @@ def _row(
         if record.get(name) is None:
             raise InputError(
                 f"row {number}: {'nothing in' if name in record else 'no'} field {name!r}",
-                hint=f"its fields are {', '.join(map(repr, record))[:400]}: set calibration.text and calibration.label",
+                hint=f"its fields are {', '.join(map(repr, record))[:400]}: name one as calibration.text or "
+                "calibration.label, or with --text or --label",
             )
     values = [record[name] for name in fields]
     _check_text(number, *values, record[label] if label else None)

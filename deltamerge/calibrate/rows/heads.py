@@ -40,6 +40,14 @@ def check_head(config: Mapping[str, Any], task: str) -> None:
         )
 
 
+def check_base(calibration: Calibration, config: Mapping[str, Any]) -> None:
+    """Raise InputError unless a base that has rows answers with tokens."""
+    task = task_of(calibration, config)
+    if task not in LANGUAGE or not has_head(config, task):
+        hint = "leave them out: only language models answer alike before and after fine-tuning"
+        raise InputError(f"rows of the base: {_architecture(config)} answers with no tokens", hint=hint)
+
+
 def _outputs(config: Mapping[str, Any]) -> tuple[int, bool]:
     """Return how many outputs a head has, and whether it is a regression."""
     outputs = int(config.get("num_labels") or len(config.get("id2label") or {}) or 2)
@@ -132,5 +140,5 @@ def check_length(length: int, positions: int) -> None:
     if length > positions:
         raise InputError(
             f"calibration.length is {length}, but the model has {positions} positions",
-            hint=f"set it to {positions} or less",
+            hint=f"set it, or --length, to {positions} or less",
         )

@@ -43,7 +43,7 @@ def split(
     if len(found) < max(wanted, 3):
         raise InputError(
             f"calibration data {calibration.data}: {len(found)} rows, but {max(wanted, 3)} needed",
-            hint="give more data, or lower calibration.sequences",
+            hint="give more data" if len(found) < 3 else "give more data, or lower sequences",
         )
     search = select(found, wanted, seed)
     others = without(found, search)
