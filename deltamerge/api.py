@@ -141,6 +141,8 @@ def merge(
     RecipeError: the recipe is refused. DeltamergeError: any error that `deltamerge run` would print.
     """
     options = Options(device=device, workers=workers, memory=memory, force=force)
+    if isinstance(models, str | Path):
+        raise UsageError(f"models: {str(models)!r} is one path", hint=f"a list: [{str(models)!r}, …]")
     if method is None:
         named = [str(one) for one in models if not isinstance(one, Mapping)]
         if base is None or len(named) < len(models):

@@ -168,9 +168,9 @@ class Descriptor:
         self.fd = -1
         self.fd = os.open(path, flags | os.O_CLOEXEC)
 
-    def __del__(self) -> None:
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # modules are gone when the interpreter ends
         if self.fd >= 0:
-            os.close(self.fd)
+            close(self.fd)
 
 
 class Descriptors:

@@ -471,8 +471,9 @@ def hold(state: Path, name: str, target: Path, *, shared: bool = False) -> Itera
     `target` is named in errors; `shared`: for the parts of a run. OutputError: another run holds it, the folder is not
     ours, or it cannot be created.
     """
-    path = state / name
+    path, made = state / name, list[Path]()
     while True:
+        made = made or [parent for parent in state.parents if not parent.exists()]
         try:
             state.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -508,6 +509,9 @@ def hold(state: Path, name: str, target: Path, *, shared: bool = False) -> Itera
         yield
     finally:
         os.close(fd)
+        with suppress(OSError):  # one that holds anything stays
+            for parent in made:
+                parent.rmdir()
 
 
 def look(state: Path) -> frozenset[str] | None:

@@ -128,7 +128,8 @@ def rows_merged(found: Outputs, rows: Sequence[Row]) -> set[str]:
         base = next((group.base for group in found.inputs.groups if group.part is merge.part), None)
         models = [model for model, _ in merge.sources]
         members = models if merge.base is None or base is None else [base, *models]
-        if built[merge.name].method != "copy" and all(_has_token_rows(merge.name, member) for member in members):
+        one = built.get(merge.name)  # none: packed weights are copied under their own names
+        if one is not None and one.method != "copy" and all(_has_token_rows(merge.name, member) for member in members):
             values = found.builder.parameters(merge)
             lend = [True] * (len(members) - len(models)) + [bool(weight) for weight in values.get("weights", models)]
             if values.get("t") in (0, 1) and len(members) == 2:

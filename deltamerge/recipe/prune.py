@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from deltamerge.recipe.schema import MERGED, CalibratedQ, Calibration, Protect, 
 from deltamerge.recipe.values import Value, chain, show
 from deltamerge.recipe.yaml_source import Loc, place
 from deltamerge.tensors.names import SMALL_HEAD, TASK_HEAD
+from deltamerge.tensors.patterns import finds
 
 # keys of a prune without a range
 OPTIONS = frozenset({"rescale", "sampling", "protect", "group", "budget", "bytes", "ratio", "length"})
@@ -205,6 +206,10 @@ def _pruning(recipe: Recipe) -> Iterator[Problem]:
             yield from _no_effect(recipe, ("models", i, "prune"), own, known, [method.name])
         if method.name == "none":
             continue
+        if "density" in model.parameters and _pruning_given(recipe, i, "density"):
+            hint = "prune: {density: …} at the model, or no density in parameters"
+            where = ("models", i, "parameters", "density")
+            yield recipe.problem(where, "has no effect beside a density in prune", hint, key=True)
         if not (merge.deltas and apart):
             hint = "give base_model" if merge.deltas else "use task_arithmetic"
             yield recipe.problem((*loc, "method"), f"{merge.name} has no deltas to prune", hint)
@@ -527,6 +532,16 @@ def warnings(recipe: Recipe, kept: Mapping[int, Mapping[float, int]], *, factors
     for text, names in found.items():
         more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
         yield f"{', '.join(names[:SHOWN])}{more}: {text}"
+
+
+def idle_patterns(recipe: Recipe, names: Collection[str]) -> Iterator[str]:
+    """Yield a warning for each pattern of `include` and `exclude` that finds none of the merged tensors."""
+    for loc, prune in prunes(recipe):
+        for key, patterns in (("include", prune.include), ("exclude", prune.exclude)):
+            for i, pattern in enumerate(patterns or ()):
+                if not any(finds(pattern, name) for name in names):
+                    line, _ = recipe.source.locate(recipe.place((*loc, key, i)))
+                    yield f"line {line}: {place((*loc, key, i))}: {pattern!r} finds no tensor of the merge"
 
 
 def _said(recipe: Recipe, i: int, pruning: Pruning, density: float, *, factors: bool) -> str:

@@ -172,7 +172,11 @@ class Model(Keys):
     name: Text | None = Field(None, description="Its name in masks and reports. Default: `model` as written.")
     parameters: Parameters = Field({}, description="Parameters of the merge method for this model.")
     prune: Prune | None = Field(None, description="Pruning of this model's delta; these keys win.")
-    calibration: Calibration | None = Field(None, description="This model's own rows; its keys win over the recipe's.")
+    calibration: Calibration | None = Field(
+        None,
+        description="This model's own rows; its keys win over the recipe's. The base, if it is listed: "
+        "texts whose answers fitted coefficients keep.",
+    )
     window: Positive | None = Field(None, description="Of a series (run/step-*): take only its last models.")
     schedule: Schedule | None = Field(None, description="Of a series: the weights of an average. Default: constant.")
     decay: float | None = Field(None, gt=0, lt=1, description="ema: factor of the average so far.")

@@ -11,7 +11,7 @@ from typing import Any, NoReturn, TypeAlias
 
 import yaml
 
-from deltamerge.errors import Problem, RecipeError
+from deltamerge.errors import Problem, RecipeError, UsageError
 
 Loc: TypeAlias = tuple[str | int, ...]
 Position: TypeAlias = tuple[int, int]
@@ -51,10 +51,17 @@ class Dumper(yaml.SafeDumper):
 
 
 def dumped(data: Any, *, width: float = 80, unicode: bool = False, flow: bool = False) -> str:
-    """Return YAML that `loads` and YAML 1.1 read as the same value, in the order of keys: 1e-5 as text is quoted."""
-    text: str = yaml.dump(
-        data, Dumper=Dumper, sort_keys=False, width=width, allow_unicode=unicode, default_flow_style=flow
-    )
+    """Return YAML that `loads` and YAML 1.1 read as the same value, in the order of keys: 1e-5 as text is quoted.
+
+    UsageError: a value that YAML has no word for, such as numpy's numbers.
+    """
+    try:
+        text: str = yaml.dump(
+            data, Dumper=Dumper, sort_keys=False, width=width, allow_unicode=unicode, default_flow_style=flow
+        )
+    except yaml.representer.RepresenterError as error:
+        hint = "numbers, text, lists and mappings of Python: x.item(), dtype='bfloat16'"
+        raise UsageError(f"{error.args[-1]!r}: is no value of a recipe", hint=hint) from None
     return text
 
 

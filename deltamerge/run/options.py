@@ -70,6 +70,10 @@ class Options:
     ending: Callable[[Path], None] | None = None
     drawing: Drawing | None = None
 
+    def __post_init__(self) -> None:
+        if self.memory is not None and not isinstance(self.memory, int):
+            raise UsageError(f"memory={self.memory!r}: must be bytes", hint="memory=2 * 10**9")
+
     @property
     def goes_on(self) -> bool:
         """Whether to continue an interrupted run."""

@@ -88,7 +88,8 @@ def gather_parts(work: Workspace, facts: Mapping[str, Any]) -> list[dict[str, An
     counts = {int(name.rpartition("-")[2]) for name, records in journals.items() if records}
     if len(counts) != 1:
         found = ", ".join(sorted(journals)) or "none"
-        raise OutputError(f"{work.target}: no single set of parts is there: {found}", hint="run every --part I/N")
+        hint = "start over with --force, and one N" if counts else "run every --part I/N"
+        raise OutputError(f"{work.target}: no single set of parts is there: {found}", hint=hint)
     count = counts.pop()
     ended = {name: records[-1]["part"] for name, records in journals.items() if records and "part" in records[-1]}
     missing = [i for i in range(1, count + 1) if Part(i, count).name not in ended]

@@ -78,7 +78,11 @@ class Link:
                 raise InputError(f"{path.parent}: {name} comes after {before} already", hint=f"--after {name}")
         if out.name in {version.name for version in versions}:
             raise InputError(f"{out}: cannot come after itself")
-        return cls(str(Path(after).parent / path.name) if path.name != Path(after).name else after, versions, out.name)
+        if is_chain(Path(after)):
+            after = str(Path(after) / path.name)
+        elif path.name != Path(after).name:  # a link to a version
+            after = str(Path(after).parent / path.name)
+        return cls(after, versions, out.name)
 
     def base(self, reference: str, *, pickles: bool = False) -> str:
         """Return the reference that the version is compared with. InputError: `reference` is neither of these two.

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @prune_method(
-    "keep the round(density · n) entries of largest abs(Δ) in each group",
+    "keep the round(density · n) entries of largest abs(Δ) in each group; of a model as many as its tensors would",
     "arXiv 2410.09344",
     options=frozenset({"rescale", "group", "protect", "budget"}),
     groups=("tensor", "row", "model"),

@@ -388,7 +388,7 @@ def head(chain: Path) -> str:
     found = notes(chain)
     before = {name: None if note is None or note.after is None else note.after.name for name, note in found.items()}
     if lost := [name for name in before.values() if name is not None and name not in found]:
-        raise _missing(chain, lost[0])
+        raise missing(chain, lost[0])
     at = end = end_of(chain, found)
     passed = dict[str, None]()
     while at is not None:
@@ -414,7 +414,7 @@ def resolve(path: Path) -> Path | None:
         return None
     if not any(os.path.isfile(chain / name / VERSION) for name, _ in folders(chain)):
         return None  # a folder of deltas that form no chain may lack something else
-    raise _missing(chain, path.name)
+    raise missing(chain, path.name)
 
 
 def pinned(chain: Path) -> str | None:
@@ -436,7 +436,8 @@ def served(path: Path) -> Path | None:
     return resolve(path) if name is None else resolve(path / name)
 
 
-def _missing(chain: Path, name: str) -> InputError:
+def missing(chain: Path, name: str) -> InputError:
+    """Return the error for a version that a chain lacks: it was folded, or never there."""
     found = notes(chain)
     for other, note in found.items():
         if note is not None and name in {one.name for one in note.folded}:
@@ -457,7 +458,7 @@ def line(path: Path, opened: Opened | None = None) -> tuple[Version, ...]:
     while (after := found[-1].after) is not None:
         before = path.parent / after.name
         if not is_version(before):
-            raise _missing(path.parent, after.name)
+            raise missing(path.parent, after.name)
         if after.name in seen or len(found) >= MOST:
             raise InputError(f"{found[-1].path}: comes after itself, by {VERSION}")
         seen.add(after.name)
@@ -478,7 +479,7 @@ def between(path: Path) -> list[str]:
     with errors.context(str(path)):
         for name in (first, last):
             if not is_version(chain / name):
-                raise _missing(chain, name)
+                raise missing(chain, name)
         found = [last]
         while found[-1] != first:
             note = read_note(chain / found[-1])

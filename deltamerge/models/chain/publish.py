@@ -14,7 +14,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,10 +30,12 @@ from deltamerge.files.ownership import HIDDEN, LOCK_NAME, MADE_BY, read_lock
 from deltamerge.models.chain.folder import (
     PINNED,
     VERSION,
+    Note,
     base_contents,
     is_chain,
     is_version,
     line,
+    missing,
     names,
     notes,
     pinned,
@@ -279,13 +281,26 @@ def replacing(target: Path, *, delta: bool = False, adding: bool = False) -> Ite
         for other, note in found.items():
             if other != name and note is not None and name in {one.name for one in note.folded}:
                 raise OutputError(f"{target}: was folded into {other}, which has its name too", hint="another --out")
-        follower = next((other for other, note in found.items() if note is not None and note.after is not None), None)
-        if delta and not adding and follower is not None:
+        if delta and not adding and (end := _end(chain, found, name)) is not None:
             raise OutputError(
                 f"{target}: {chain} is a chain, in which it would come after no version",
-                hint=f"--after {chain / follower}, or another --out",
+                hint=f"--after {chain / end}, or another --out",
             )
         yield
+
+
+def _end(chain: Path, found: Mapping[str, Note | None], name: str) -> str | None:
+    """Return the newest version of the chain in a folder, to which the version `name` would be added.
+
+    None: the folder holds no chain. It holds one if a version follows another, if another has a version.json, or if
+    servers are pinned to one.
+    """
+    befores = {note.after.name for note in found.values() if note is not None and note.after is not None}
+    others = [other for other, note in found.items() if other != name and note is not None]
+    if not (befores or others or (found and (chain / PINNED).is_file())):
+        return None
+    ends = [other for other in others or found if other not in befores and other != name]
+    return max(ends or befores or found, default=None)
 
 
 def refuse_kept(path: Path) -> None:
@@ -335,7 +350,10 @@ def pin(version: Path) -> None:
     resolved = Path(os.path.realpath(version))
     chain, name = resolved.parent, resolved.name
     if not is_version(resolved) or not is_chain(chain) or is_store(chain):
-        raise InputError(f"{version}: is no version of a chain", hint="deltamerge pin chain/000119")
+        if is_chain(chain) and not is_store(chain) and not is_chain(resolved):
+            raise missing(chain, name)
+        newest = resolved / names(resolved)[-1] if is_chain(resolved) else "chain/000119"
+        raise InputError(f"{version}: is no version of a chain", hint=f"deltamerge pin {newest}")
     with one_writer(chain, "folding"):
         line(resolved)
         replace_file(chain / PINNED, f"{name}\n")
@@ -343,7 +361,7 @@ def pin(version: Path) -> None:
 
 def release(chain: Path) -> None:
     """Let the servers of a chain go on to its newest version. InputError: no chain. OutputError: the disk."""
-    if not is_chain(chain):
+    if not is_chain(chain) or is_store(chain):
         raise InputError(f"{chain}: is no chain", hint="deltamerge pin chain --release")
     with writing(chain):
         (chain / PINNED).unlink(missing_ok=True)
