@@ -27,7 +27,7 @@ from deltamerge.calibrate.spec import (
     within,
 )
 from deltamerge.calibrate.values import spool
-from deltamerge.errors import InputError
+from deltamerge.errors import InputError, RecipeError
 from deltamerge.files.strict_json import read_json
 from deltamerge.formats.peft.lora import is_dora, is_low_rank
 from deltamerge.methods.merge.passthrough import passthrough
@@ -36,7 +36,8 @@ from deltamerge.methods.rate import MOST_LEARNED
 from deltamerge.methods.registry import PRUNE
 from deltamerge.plan.delta_graph import Deltas, Merge, Stages, Tuned, matrix_form
 from deltamerge.plan.inputs import Input, Inputs, refuse_unrunnable
-from deltamerge.recipe.prune import Pruning
+from deltamerge.recipe.problems import is_given
+from deltamerge.recipe.prune import effective_prune
 from deltamerge.recipe.schema import CalibratedQ, Calibration, Recipe
 from deltamerge.tensors.names import has_columns, is_linear
 from deltamerge.tensors.patterns import finds
@@ -96,7 +97,7 @@ class StageMaker:
         masked = [t for t in tunes if deltas.is_masked(t)]
         pruned = [t for t in masked if deltas.density(t) not in (0.0, 1.0)]
         guarded = [t for t in masked if prune.protect and has_columns(t.name, t.tensor.shape)]
-        _find_columns(prune, [t.name for t in guarded])
+        _find_columns(deltas.recipe, index, [t.name for t in guarded])
         if pruned and prune.group == "model":
             if prune.protect:
                 raise InputError("prune.protect: does not go with group: model yet", hint="group: tensor")
@@ -449,11 +450,16 @@ def _layers(merges: Sequence[Merge]) -> tuple[str, ...]:
     return tuple(name for name, form in forms if form is not None and form[0] == 1)
 
 
-def _find_columns(prune: Pruning, linear: Sequence[str]) -> None:
-    """Raise InputError if a pattern of protected columns matches no pruned linear weight."""
-    for pattern in (prune.protect and prune.protect.columns) or {}:
+def _find_columns(recipe: Recipe, index: int, linear: Sequence[str]) -> None:
+    """Raise RecipeError if a pattern of protected columns matches no pruned linear weight of a model."""
+    protect = effective_prune(recipe, index).protect
+    for pattern in (protect and protect.columns) or {}:
         if not any(finds(pattern, name) for name in linear):
-            raise InputError(f"prune.protect.columns: {pattern!r} finds no pruned weight of a linear layer")
+            own = ("models", index) if is_given(recipe, "models", index, "prune", "protect") else ()
+            loc = (*own, "prune", "protect", "columns", pattern)
+            what = f"{pattern!r} finds no pruned weight of a linear layer"
+            hint = "a part of its name, as `deltamerge plan --tensors` lists them"
+            raise RecipeError(recipe.source.path, [recipe.problem(loc, what, hint, key=True)])
 
 
 def sources_of(stages: Stages, inputs: Inputs, kept: int | None) -> dict[int, CalibrationInput]:

@@ -66,6 +66,10 @@ def _defaults(recipe: Recipe) -> Iterator[tuple[Loc, dict[str, Any]]]:
     listed = base is not None and any(map(recipe.is_base, range(len(recipe.models))))
     for part in recipe.parts if method.name == "linear" else ():
         if not part.is_slice and part.base is not None and not any(map(recipe.is_base, part.members)):
+            if not any("weight" in level for level in part.levels):
+                what = "is one more model of linear, as in mergekit, and has no weight"
+                hint = "list it among the models with a weight, or leave it out"
+                raise RecipeError(recipe.source.path, [recipe.problem(("base_model",), what, hint)])
             yield part.places[0][:-1], {"model": part.base}
             listed = True
     if recipe.template is None and (listed or method.base_apart(base)) and base is not None:

@@ -14,7 +14,7 @@ from conftest import load_tensors, tiny_bert_pair
 from running import activations_of, make_plan, run
 from safetensors.numpy import load_file
 
-from deltamerge.errors import InputError
+from deltamerge.errors import InputError, RecipeError
 from deltamerge.methods.prune import protect
 from deltamerge.tensors.tiles import Kept, Tile
 
@@ -186,7 +186,7 @@ def test_the_plan_says_what_is_protected_and_refuses_what_is_not_there(bert: Pat
     with pytest.raises(InputError, match=r"query\.weight has 32 columns, 32 is none of them"):
         make_plan(path)
     path.write_text(recipe % "{q_proj: [1]}")
-    with pytest.raises(InputError, match="'q_proj' finds no pruned weight of a linear layer"):
+    with pytest.raises(RecipeError, match=r"plan.yaml:\d+:\d+: .*'q_proj' finds no pruned weight of a linear layer"):
         make_plan(path)
 
 
