@@ -304,10 +304,15 @@ def fit_shared(folder: str) -> None:
     of_each = [both.launched[i] - halves.launched[i] for i in range(2)]
     assert sum(of_each) < 1.1 * steps, (of_each, steps)
     assert min(of_each) > steps / 4  # of three fine-tunes one has two
+
+
+def fit_with_base(folder: str) -> None:
+    path = whole_merge(Path(folder), ", coefficients: layer")
     of_base = "models:\n- {model: ./base, calibration: {data: calib.jsonl, sequences: 6}}\n"
-    path.write_text(path.read_text().replace("models:\n", of_base).replace("row", "layer"))
-    cpu = dict(calibrate(path, device="cpu")["merge"])
-    (alone, _), (shared, _) = on_gpus(path, 1), on_gpus(path, 2)
+    path.write_text(path.read_text().replace("models:\n", of_base))
+    with patch.object(coefficients, "FITTED_PASSES", 12):
+        cpu = dict(calibrate(path, device="cpu")["merge"])
+        (alone, _), (shared, _) = on_gpus(path, 1), on_gpus(path, 2)
     assert shared == alone
     assert shared["held_out"]["calibrated"] == pytest.approx(cpu["held_out"]["calibrated"], rel=1e-3)
     assert shared["path"][0][-1] == pytest.approx(cpu["path"][0][-1], rel=1e-3)
@@ -316,6 +321,11 @@ def fit_shared(folder: str) -> None:
 @pytest.mark.slow
 def test_gpus_share_the_fine_tunes_whose_coefficients_are_fitted(tmp_path: Path) -> None:
     gpu_guard.call(tmp_path, "test_on_gpu", "fit_shared", str(tmp_path))
+
+
+@pytest.mark.slow
+def test_gpus_share_the_base_too_where_its_answers_are_kept(tmp_path: Path) -> None:
+    gpu_guard.call(tmp_path, "test_on_gpu", "fit_with_base", str(tmp_path))
 
 
 def test_auto_calibrates_on_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
