@@ -309,6 +309,7 @@ def paragraphs(count: int, folder: Path = FOLDER) -> Path:
         texts = (re.sub(r"\s+", " ", one).strip() for topic in topics.values() for one in topic.split("\n\n"))
         long = [text for text in texts if len(text) > PARAGRAPH]
         random.Random(1).shuffle(long)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in long[:count]), encoding="utf-8")
     return path
 

@@ -385,7 +385,7 @@ def _plan(
             *decided.settled.warnings,
             *adapter_warnings(decided.settled, inputs),
             *prune.warnings(recipe, kept, factors=own is not None),
-            *(prune.idle_patterns(recipe, [m.name for m in decided.merges]) if isinstance(decided, Outputs) else ()),
+            *(prune.idle_keys(recipe, [m.name for m in decided.merges]) if isinstance(decided, Outputs) else ()),
         ),
         settled=decided.settled,
         stacks=tuple(decided.stacks),

@@ -12,7 +12,7 @@ from deltamerge.methods.parameters import KEPT, Q
 from deltamerge.methods.registry import COMMON_KEYS, MERGE, PRUNE, Param, PruneMethod
 from deltamerge.recipe.problems import is_given, known_method, prune_params, prunes, suggest
 from deltamerge.recipe.schema import MERGED, CalibratedQ, Calibration, Protect, Prune, Recipe
-from deltamerge.recipe.values import Value, chain, show
+from deltamerge.recipe.values import Value, chain, show, value_for
 from deltamerge.recipe.yaml_source import Loc, place
 from deltamerge.tensors.names import SMALL_HEAD, TASK_HEAD
 from deltamerge.tensors.patterns import finds
@@ -206,10 +206,6 @@ def _pruning(recipe: Recipe) -> Iterator[Problem]:
             yield from _no_effect(recipe, ("models", i, "prune"), own, known, [method.name])
         if method.name == "none":
             continue
-        if "density" in model.parameters and _pruning_given(recipe, i, "density"):
-            hint = "prune: {density: …} at the model, or no density in parameters"
-            where = ("models", i, "parameters", "density")
-            yield recipe.problem(where, "has no effect beside a density in prune", hint, key=True)
         if not (merge.deltas and apart):
             hint = "give base_model" if merge.deltas else "use task_arithmetic"
             yield recipe.problem((*loc, "method"), f"{merge.name} has no deltas to prune", hint)
@@ -534,8 +530,16 @@ def warnings(recipe: Recipe, kept: Mapping[int, Mapping[float, int]], *, factors
         yield f"{', '.join(names[:SHOWN])}{more}: {text}"
 
 
-def idle_patterns(recipe: Recipe, names: Collection[str]) -> Iterator[str]:
-    """Yield a warning for each pattern of `include` and `exclude` that finds none of the merged tensors."""
+def idle_keys(recipe: Recipe, names: Collection[str]) -> Iterator[str]:
+    """Yield a warning for each key without effect: a pattern of `include` or `exclude` that finds none of the merged
+    tensors, and a model's `parameters.density` that the recipe's `prune.density` hides."""
+    shared = recipe.prune.density if recipe.prune is not None else None
+    hides = shared is not None and value_for(shared, "", 0.0) is not None  # no filter leaves a tensor to others
+    for i, model in enumerate(recipe.models):
+        if hides and "density" in model.parameters and not is_given(recipe, "models", i, "prune", "density"):
+            where = ("models", i, "parameters", "density")
+            line, _ = recipe.source.locate(recipe.place(where))
+            yield f"line {line}: {place(where)} has no effect beside prune.density: prune: {{density: …}} has"
     for loc, prune in prunes(recipe):
         for key, patterns in (("include", prune.include), ("exclude", prune.exclude)):
             for i, pattern in enumerate(patterns or ()):

@@ -73,7 +73,7 @@ WRONG: dict[str, tuple[dict[str, Any], str, str]] = {
     "split": ({"split": "dev"}, "Bad split: dev", "calibration.split"),
     "config": ({"config": "german"}, "german", "calibration.config"),
     "field": ({"text": "sentence"}, "row 1: no field 'sentence'", "'text', 'label'"),
-    "few": ({"sequences": 50}, "40 rows, but 50 needed", "lower calibration.sequences"),
+    "few": ({"sequences": 50}, "40 rows, but 50 needed", "lower sequences"),
 }
 
 

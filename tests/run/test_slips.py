@@ -34,12 +34,14 @@ def recipe(path: Path, folder: Path, **keys: object) -> Path:
     return path
 
 
-def test_a_density_that_another_hides_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_a_density_that_another_hides_is_said(folder: Path, tmp_path: Path) -> None:
     models = [{"model": str(folder / "a"), "parameters": {"weight": 1.0, "density": 0.5}}]
-    path = recipe(tmp_path / "r.yaml", folder, models=models, prune={"method": "magnitude", "density": 0.2})
-    with pytest.raises(RecipeError, match=r"models\[0\].parameters.density: has no effect beside a density in prune"):
-        make_plan(path)
-    make_plan(recipe(tmp_path / "r.yaml", folder, models=models, prune={"method": "magnitude"}))
+    for density, hidden in ((0.2, True), ([{"filter": "q_proj", "value": 0.2}], False), (None, False)):
+        prune = {"method": "magnitude"} | ({} if density is None else {"density": density})
+        plan = make_plan(recipe(tmp_path / "r.yaml", folder, models=models, prune=prune))
+        found = [one for one in plan.warnings if "has no effect beside prune.density" in one]
+        assert len(found) == hidden
+        assert not hidden or "models[0].parameters.density" in found[0]
 
 
 def test_a_pattern_that_finds_nothing_is_said(folder: Path, tmp_path: Path) -> None:

@@ -309,6 +309,8 @@ class _Setting:
                 raise InputError(f"{one}: is the base itself", hint="name fine-tunes, and their base with --base")
             if place in places[:i]:
                 raise InputError(f"{one}: a model is named twice", hint="name each once")
+        if self.keep is not None and THE_BASE in self.names:
+            raise InputError(f"a model is named {THE_BASE!r}, as the base is in figures", hint="rename its folder")
 
     @cached_property
     def names(self) -> list[str]:
