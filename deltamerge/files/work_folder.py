@@ -409,6 +409,16 @@ def _prepare(target: Path, state: Path, guard: Guard, *, force: bool, resume: bo
         raise OutputError(
             f"{target}: a run without --part left unfinished work in {state}", hint="continue it, or remove that folder"
         )
+    others = {
+        name
+        for name, records in parts.items()
+        if part is not None and has_work(records) and _count(name) != _count(part)
+    }
+    if others:
+        raise OutputError(
+            f"{target}: parts of another count are there: {some(sorted(others))}",
+            hint=f"take their N, or remove {state} and start over",
+        )
     if part is None and in_parts and (resume or not force):
         raise OutputError(
             f"{target}: parts of a run are in {state}", hint="end it with --finish, or start over with --force"
@@ -428,6 +438,11 @@ def _prepare(target: Path, state: Path, guard: Guard, *, force: bool, resume: bo
         clear(state)
     else:
         (state / f"{JOURNAL}-{part}").unlink(missing_ok=True)
+
+
+def _count(part: str) -> str:
+    """Return the N of a part "2-of-N"."""
+    return part.rpartition("-")[2]
 
 
 def _unfinished(target: Path, state: Path) -> OutputError:

@@ -150,3 +150,19 @@ def test_a_run_that_fails_leaves_no_empty_folders(folder: Path, tmp_path: Path) 
     made = run(recipe(tmp_path / "r.yaml", folder), tmp_path / "x" / "y" / "out").folder
     assert (made / "model.safetensors").exists()
     assert not state_of(made).exists()
+
+
+def test_parts_of_another_count_are_refused(folder: Path, tmp_path: Path, capsys) -> None:
+    """They would bar the way of a whole set of parts."""
+    models = [{"model": str(folder / name), "parameters": {"weight": 1.0}} for name in "ab"]
+    path = recipe(tmp_path / "r.yaml", folder, merge_method="linear", models=models, output={"shard_size": "20kB"})
+    asked = ["run", path, "--out", tmp_path / "out", "-q"]
+    assert call(capsys, *asked, "--part", "1/3")[0] == 0
+    code, _, err = call(capsys, *asked, "--part", "2/2")
+    assert "parts of another count are there: 1-of-3" in err, err
+    assert code == 1
+    for part in ("2/3", "3/3"):
+        assert call(capsys, *asked, "--part", part)[0] == 0
+    code, _, err = call(capsys, *asked, "--finish")
+    assert code == 0, err
+    assert (tmp_path / "out" / "recipe.lock").exists()
