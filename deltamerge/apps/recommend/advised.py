@@ -165,20 +165,22 @@ def in_five_lines(made: AdvisedMerge) -> list[str]:
         if told
         else "not known: give --rows, of a language model prompt and completion, or messages"
     )
-    helps = "; ".join(line.removeprefix("to save a skill: ").replace("--calibration", "--rows") for line in savers)
+    helps = [line.removeprefix("to save a skill: ").replace("--calibration", "--rows") for line in savers]
     why = "; ".join(line for line in advice.why if line != ROWS_CHOOSE)
     kept = ", ".join(map(_kept, advice.forecast))
     chosen = next((one for one in advice.candidates if one.name == advice.method), None)
     if chosen is not None and THE_BASE in chosen.lost:
         kept += f"; forgets {chosen.lost[THE_BASE]:.0%} of what the models forget of the base"
     fits = chosen is not None and chosen.coefficients
+    if chosen is not None and THE_BASE not in chosen.lost and any(one.by == "texts" for one in advice.forecast):
+        helps.append("to forget less of the base: --keep FILE, rows of text for it")
     start = "fitted from λ" if fits else "λ"
     return [
         f"chosen: {advice.method}, {start} = {advice.factor:.3g}, in {made.recipe}",
         f"why: {why}",
         f"keeps: {', '.join(filter(None, (kept or 'not known', advice.about_heads)))}",
         f"in danger: {'; '.join(dangers) or doubt}",
-        f"what helps: {helps or 'deltamerge eval scores the merge beside its models'}",
+        f"what helps: {'; '.join(helps) or 'deltamerge eval scores the merge beside its models'}",
     ]
 
 

@@ -19,6 +19,7 @@ from vocabularies import three_models, vocab_of
 
 import deltamerge
 from deltamerge.apps.recommend import merge as merge_advice
+from deltamerge.apps.recommend.advised import AdvisedMerge, in_five_lines
 from deltamerge.apps.recommend.merge import ARITHMETIC, ISO_C, best_first, mean_lost, recommend_merge, standing
 from deltamerge.apps.search.judge import THE_BASE
 from deltamerge.calibrate.rows.splits import split
@@ -133,6 +134,7 @@ def test_a_merge_keeps_rows_of_the_base(folder: Path, tmp_path: Path, capsys, mo
     assert code == 0, err
     assert "+ coefficients by layer" in said
     assert "; forgets " in said.splitlines()[2]
+    assert "--keep" not in said.splitlines()[4]
     recipe = yaml.safe_load((tmp_path / "out.yaml").read_text())
     assert recipe["models"][2]["calibration"]["sequences"] == 16
     assert (tmp_path / recipe["models"][2]["calibration"]["data"]).resolve() == folder / "kept.jsonl"
@@ -181,3 +183,25 @@ def test_rows_to_keep_are_refused_where_they_have_no_effect(folder: Path, tmp_pa
     models = [str(tmp_path / name) for name in ("tuned", "other")]
     with pytest.raises(InputError, match="BertModel answers with no tokens"):
         recommend_merge(models, str(tmp_path / "base"), calibration=rows, keep=rows[0], options=OPTIONS)
+
+
+def test_a_language_model_s_merge_names_the_way_to_forget_less() -> None:
+    found = candidate({"a": 0.3})
+    for lost, by, said in (
+        ({"a": 0.3}, "texts", True),
+        ({"a": 0.3}, "answers", False),
+        ({"a": 0.3, THE_BASE: 0.1}, "texts", False),
+    ):
+        forecast = [found.forecast[0].model_copy(update={"by": by, "low": 0.7, "high": 0.9, "loss": "none"})]
+        advice = merge_advice.MergeAdvice.model_construct(
+            method="x",
+            factor=1.0,
+            why=[],
+            forecast=forecast,
+            candidates=[found.model_copy(update={"lost": lost, "coefficients": None})],
+            rescue=[],
+            head=None,
+        )
+        lines = in_five_lines(AdvisedMerge(advice, Path("out.yaml"), Path("out"), OPTIONS))
+        assert ("--keep FILE" in lines[4]) == said
+        assert ("forgets 10%" in lines[2]) == (THE_BASE in lost)
