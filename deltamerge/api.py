@@ -247,16 +247,17 @@ def recommend(
     *,
     density: float | None = None,
     calibration: Rows | Sequence[Rows] | None = None,
+    keep: Rows | None = None,
     out: Reference | None = None,
     device: str = "auto",
     workers: int | None = None,
 ) -> Recommendation | MergeAdvice:
     """Advise on the pruning of one model at a density, or on the merge of several, as `deltamerge recommend` does.
 
-    `calibration` is rows for all models, or a list with rows for each model. The recipe is in `.recipe` of the result,
-    and is written to `out` if given.
+    `calibration` is rows for all models, or a list with rows for each model. `keep` is rows which a merge shall answer
+    as the base does. The recipe is in `.recipe` of the result, and is written to `out` if given.
 
-    UsageError: a density for several models, none for one, or several rows for one.
+    UsageError: a density for several models, none for one, or several rows or `keep` for one.
     """
     several = [models] if isinstance(models, str | Path) else list(models)
     rows = [] if calibration is None else [calibration] if isinstance(calibration, Mapping) else list(calibration)
@@ -268,9 +269,11 @@ def recommend(
             from deltamerge.apps.recommend.merge import recommend_merge
 
         options = Options(device=device, workers=workers)
-        return recommend_merge([str(m) for m in several], str(base), calibration=rows, out=page, options=options)
-    if density is None or len(several) != 1 or len(rows) > 1:
-        raise UsageError("one model needs a density, and one set of rows at most", hint="density=0.1")
+        return recommend_merge(
+            [str(m) for m in several], str(base), calibration=rows, keep=keep, out=page, options=options
+        )
+    if density is None or len(several) != 1 or len(rows) > 1 or keep is not None:
+        raise UsageError("one model needs a density, one set of rows at most, and nothing to keep", hint="density=0.1")
     with app("recommend"):
         from deltamerge.apps.recommend.prune import recommend_prune
 

@@ -171,6 +171,10 @@ def test_rows_to_keep_are_refused_where_they_have_no_effect(folder: Path, tmp_pa
     assert (code, "several MODELS" in err) == (2, True)
     with pytest.raises(UsageError, match=r"keep: kept\.jsonl: is a path"):
         deltamerge.merge(["a", "b"], tmp_path / "out", base="base", keep="kept.jsonl")
+    with pytest.raises(UsageError, match="nothing to keep"):
+        deltamerge.recommend("a", "base", density=0.1, keep={"data": "kept.jsonl"})
+    with pytest.raises(UsageError, match="--keep is measured beside rows of the models"):
+        deltamerge.recommend(["a", "b"], "base", keep={"data": "kept.jsonl"})
     with pytest.raises(UsageError, match="keep is of a merge whose method is chosen"):
         deltamerge.merge(["a", "b"], tmp_path / "out", base="base", method="ties", keep={"data": "kept.jsonl"})
     rows = [{"data": "rows/a.jsonl", **ROWS}]
