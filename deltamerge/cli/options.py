@@ -240,9 +240,10 @@ def rows_in_folder(
 
 def rows_to_keep(file: str | None, *, text: tuple[str, ...], sequences: int, length: int) -> dict[str, Any] | None:
     """Return the `calibration` of the base's rows: all of a file that has few. None: no file is given."""
-    if file is None or not Path(file).expanduser().is_file():
+    path = None if file is None else Path(os.path.expanduser(file))
+    if path is None or not path.is_file():
         return calibration_of(file, text if file else (), sequences=sequences, length=length)
-    return rows_in_folder(Path(file).expanduser(), [], text=text, sequences=sequences, length=length)[0]
+    return rows_in_folder(path, [], text=text, sequences=sequences, length=length)[0]
 
 
 def calibration_of(data: str | None, text: tuple[str, ...], **more: Any) -> dict[str, Any] | None:

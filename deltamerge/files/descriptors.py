@@ -60,19 +60,18 @@ def check_folder(path: Path, hint: str | None = None, *, makes: bool = False) ->
 
     So a command learns it before it computes what it writes there.
     """
-    place = Path(os.path.abspath(path))
+    whole = place = Path(os.path.abspath(path))
     while makes and not os.path.lexists(place):
         place = place.parent
-    effective = os.access in os.supports_effective_ids
     code = errno.EACCES
     if not place.is_dir():
         code = errno.ENOTDIR if os.path.lexists(place) else errno.ENOENT
-    elif os.access(place, os.W_OK | os.X_OK, effective_ids=effective):
+    elif os.access(place, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         return
     elif os.statvfs(place).f_flag & os.ST_RDONLY:
         code = errno.EROFS
     cause = output_error(OSError(code, ""))
-    raise OutputError(f"{path if place == Path(os.path.abspath(path)) else place}: {cause}", hint=hint or cause.hint)
+    raise OutputError(f"{path if place == whole else place}: {cause}", hint=hint or cause.hint)
 
 
 @contextmanager

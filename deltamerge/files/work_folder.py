@@ -409,11 +409,7 @@ def _prepare(target: Path, state: Path, guard: Guard, *, force: bool, resume: bo
         raise OutputError(
             f"{target}: a run without --part left unfinished work in {state}", hint="continue it, or remove that folder"
         )
-    others = {
-        name
-        for name, records in parts.items()
-        if part is not None and has_work(records) and _count(name) != _count(part)
-    }
+    others = [] if part is None else [name for name in parts if has_work(parts[name]) and _count(name) != _count(part)]
     if others:
         raise OutputError(
             f"{target}: parts of another count are there: {some(sorted(others))}",
@@ -524,7 +520,7 @@ def hold(state: Path, name: str, target: Path, *, shared: bool = False) -> Itera
         yield
     finally:
         os.close(fd)
-        with suppress(OSError):  # one that holds anything stays
+        with suppress(OSError):  # a folder that is not empty stays
             for parent in made:
                 parent.rmdir()
 

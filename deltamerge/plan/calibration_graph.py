@@ -467,9 +467,9 @@ def sources_of(stages: Stages, inputs: Inputs, kept: int | None) -> dict[int, Ca
     alone = {**stages.activations, **stages.weighing, **stages.calibrated}
     sources = {index: _sources(node)[0] for index, node in alone.items()}
     sources |= {index: one.source for index, one in stages.inputs.items()}
-    everyone = [*(tune.index for tune in inputs.tunes), kept]
-    for node in (stages.rows, stages.together):
-        of_models = () if node is None else zip(everyone, _sources(node), strict=False)
+    tunes = [tune.index for tune in inputs.tunes]
+    for node, indices in ((stages.rows, tunes), (stages.together, tunes if kept is None else [*tunes, kept])):
+        of_models = () if node is None else zip(indices, _sources(node), strict=True)
         sources |= {index: source for index, source in of_models if index is not None}
     return sources
 

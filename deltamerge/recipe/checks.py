@@ -449,14 +449,14 @@ def problems_across(recipes: Sequence[Recipe]) -> Iterator[Problem]:
         if not FOLDER_NAME.fullmatch(recipe.name):
             yield recipe.problem(("name",), "must be letters, digits, - _ and .", "it is a folder's name too")
         named.add(recipe.name)
-    taken: dict[str, Recipe] = {}
+    taken: set[str] = set()
     for recipe in recipes:
         output = recipe.output
-        if output.path is not None and (where := os.path.normpath(output.path)) in taken:
+        where = set() if output.path is None else {os.path.normpath(output.path)}
+        if where & taken:
             hint = "a place of its own for each document; --set changes all of them"
             yield recipe.problem(("output", "path"), f"another document is written to {show(output.path)}", hint)
-        elif output.path is not None:
-            taken[where] = recipe
+        taken |= where
         if not output.rules.reusable and any(recipe.name in references(other) for other in recipes):
             yield recipe.problem(("output", "kind"), f"other documents use it as a model, and {output.kind} is none")
 

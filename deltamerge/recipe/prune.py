@@ -539,7 +539,7 @@ def idle_keys(recipe: Recipe, names: Collection[str]) -> Iterator[str]:
         if hides and "density" in model.parameters and not is_given(recipe, "models", i, "prune", "density"):
             where = ("models", i, "parameters", "density")
             line, _ = recipe.source.locate(recipe.place(where))
-            yield f"line {line}: {place(where)} has no effect beside prune.density: prune: {{density: …}} has"
+            yield f"line {line}: {place(where)} has no effect beside prune.density; the model's own prune.density has"
     for loc, prune in prunes(recipe):
         for key, patterns in (("include", prune.include), ("exclude", prune.exclude)):
             for i, pattern in enumerate(patterns or ()):

@@ -44,7 +44,9 @@ class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mis
 
 
 class Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers = {  # noqa: RUF012  # ours beside those of YAML 1.1: text that either reads otherwise is quoted
+    """Quotes text that `Loader` or YAML 1.1 would not read as text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # PyYAML's own way to replace the table
         **yaml.SafeDumper.yaml_implicit_resolvers,
         **Loader.yaml_implicit_resolvers,
     }

@@ -221,11 +221,11 @@ def _side_by_side(works: list[Callable[[], Any]], phase: progress.Phase, workers
 
 
 def _describe_data(source: CalibrationInput, workers: int) -> dict[str, Any]:
-    from deltamerge.calibrate.rows.files import is_of_hub, local_files
+    from deltamerge.calibrate.rows.files import is_of_hub, local_files, place_of
     from deltamerge.calibrate.rows.hub import commit
 
     data = source.calibration.data
-    root = source.folder / Path(data).expanduser()
+    root = place_of(data, source.folder)
     found = describe_files(
         local_files(data, source.folder), workers, hash_input, root=root if root.is_dir() else root.parent
     )

@@ -465,9 +465,9 @@ class _Adviser:
         """Return all ways, and the ways that can be chosen.
 
         Each way is tried at its usual λ. The best ways settle theirs. Coefficients are fitted by layer from the best.
-        Those of classifiers are fitted by row, too, from what is recommended without rows: they move so far that few
-        rows need not choose their start. A fit can be chosen if it loses less than the best on the held-out rows. These
-        rows alone then judge all ways.
+        For classifiers there is a fit by row, too. It moves so far that its start matters little, so it starts at what
+        is recommended without rows. A fit can be chosen if it loses less than the best on the held-out rows. These rows
+        alone then judge all ways.
         """
         trials = _Trials(self, judge, conflict, classes)
         count, talks = len(self.setting.models), None in classes.values()

@@ -346,9 +346,8 @@ def evaluate(
     opened = {model: open_model(model, base, pickles=pickles) for model in dict.fromkeys(models)}
     scores: dict[str, dict[str, dict[str, float]]] = {model: {} for model in opened}
     rows: dict[str, int] = {}
-    known = {}
+    known = _read_scores(out) if out is not None else {}
     if out is not None:
-        known = _read_scores(out)
         check_folder(out.parent)
     with Reader() as reader:
         asked = [

@@ -31,6 +31,7 @@ from deltamerge.apps.search.evaluate import (
 )
 from deltamerge.calibrate.merge import second_moments
 from deltamerge.calibrate.model.blocks import Weights
+from deltamerge.calibrate.model.passes import renamed
 from deltamerge.calibrate.rows.files import DataRow
 from deltamerge.calibrate.rows.splits import rows_of, select, split
 from deltamerge.calibrate.spec import Calibrated
@@ -423,24 +424,23 @@ class StudyJudge:
 
     def _in_base(self, index: int) -> Weights:
         """Return a fine-tune's own weights by the base's names, with rows in the order of the base's tokens."""
-        base, tune, places = self.tasks[OF_BASE], self.tasks[index], self.start.places[OF_BASE]
-        stored = {out: name for name, out in self.start.places[index].items()}
+        base, tune, places = self.tasks[OF_BASE], self.tasks[index], self.start.places
+        stored = {out: name for name, out in places[index].items()}
+        theirs = {name: stored[out] for name, out in places[OF_BASE].items()}
         of_base, of_tune = self.start.token_rows[OF_BASE], self.start.token_rows[index]
+        weights = renamed(tune.own, theirs, base.own)
 
         def of(names: Sequence[str]) -> dict[str, Tensor]:
-            theirs = {name: stored[places[name]] for name in names if name in places}
-            made = tune.own(list(theirs.values()))
-            found = {name: made[own] for name, own in theirs.items()}
+            found = weights(names)
             rows = {
                 name: _between(
                     of_base.get(name, np.arange(base.checkpoint.tensors[name].shape[0], dtype=np.int32)),
-                    of_tune.get(own, np.arange(found[name].shape[0], dtype=np.int32)),
+                    of_tune.get(theirs[name], np.arange(found[name].shape[0], dtype=np.int32)),
                 )
-                for name, own in theirs.items()
-                if name in of_base or own in of_tune
+                for name in names
+                if name in of_base or theirs.get(name) in of_tune
             }
-            others = base.own([name for name in names if name not in theirs])
-            return {**in_own_rows(found, rows, base), **others}
+            return in_own_rows(found, rows, base)
 
         return of
 

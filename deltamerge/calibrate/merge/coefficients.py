@@ -179,16 +179,11 @@ class _Merge:
 
     def own_weights(self, task: int) -> Weights:
         """Return a fine-tune's own weights under the base's names."""
-        base, tune, of_base = self.subjects[-1], self.subjects[task], self.own[-1]
+        from deltamerge.calibrate.model.passes import renamed
+
         stored = {name: own for own, name in self.own[task].items()}
-
-        def made(names: Sequence[str]) -> dict[str, Tensor]:
-            theirs = {name: stored[of_base[name]] for name in names if name in of_base}
-            found = tune.tune(list(theirs.values()))
-            rest = base.tune([name for name in names if name not in theirs])
-            return {**rest, **{name: found[own].to(base.device) for name, own in theirs.items()}}
-
-        return made
+        places = {of_base: stored[name] for of_base, name in self.own[-1].items()}
+        return renamed(self.subjects[task].tune, places, self.subjects[-1].tune)
 
 
 @dataclass(frozen=True, slots=True)

@@ -242,6 +242,17 @@ def from_reader(read: Callable[[str], Tensor]) -> Weights:
     return lambda names: {name: read(name) for name in names}
 
 
+def renamed(theirs: Weights, places: Mapping[str, str], own: Weights) -> Weights:
+    """Return a model's weights by another's names: `places` has its name of each. The other's `own` stay elsewhere."""
+
+    def made(names: Sequence[str]) -> dict[str, Tensor]:
+        found = theirs([places[name] for name in names if name in places])
+        rest = own([name for name in names if name not in places])
+        return {**rest, **{name: found[places[name]] for name in names if name in places}}
+
+    return made
+
+
 # Precision, and the order of sums.
 
 

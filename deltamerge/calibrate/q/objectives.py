@@ -586,8 +586,8 @@ def _log_softmax(values: Matrix) -> Matrix:
 
 
 # Metrics of predictions, labels, and the number of classes of the head. Each is in [−1, 1], larger is better.
-# Definitions are those of scikit-learn and of the GLUE benchmark. A metric that is undefined (one class, constant
-# predictions) is 0.
+# They are those of scikit-learn and of the GLUE benchmark. One that is undefined is 0: where there is one class, or all
+# predictions are equal.
 
 
 def accuracy(predicted: ArrayLike, labels: ArrayLike, _: int = 0) -> float:

@@ -66,7 +66,7 @@ def read(
 
     InputError: no such file, no rows, a row that lacks a field.
     """
-    path = folder / os.path.expanduser(source)
+    path = place_of(source, folder)
     fields = [text] if isinstance(text, str) else list(text)
     with context(f"calibration data {source}"):
         of_hub = is_of_hub(source, folder)
@@ -99,14 +99,19 @@ def count(path: Path, most: int) -> int:
         return sum(1 for _ in itertools.islice(_records(path), most))
 
 
+def place_of(source: str, folder: Path) -> Path:
+    """Return the path of rows that a recipe in `folder` names; ~ is the home folder."""
+    return folder / os.path.expanduser(source)
+
+
 def is_of_hub(source: str, folder: Path) -> bool:
     """Tell whether `source` is the id of a hub data set; a file or folder beside the recipe takes precedence."""
-    return not (folder / os.path.expanduser(source)).exists() and Path(source).suffix not in FILES and is_hub_id(source)
+    return not place_of(source, folder).exists() and Path(source).suffix not in FILES and is_hub_id(source)
 
 
 def local_files(source: str, folder: Path) -> list[Path]:
     """Return the local files of `source`: one file, or a folder's pictures; none for a hub data set."""
-    path = folder / os.path.expanduser(source)
+    path = place_of(source, folder)
     if path.is_dir():
         return sorted(Path(name) for name in _below(path) if Path(name).suffix.lower() in PICTURES)
     return [path] if path.is_file() else []

@@ -296,11 +296,12 @@ def _end(chain: Path, found: Mapping[str, Note | None], name: str) -> str | None
     servers are pinned to one.
     """
     befores = {note.after.name for note in found.values() if note is not None and note.after is not None}
-    others = [other for other, note in found.items() if other != name and note is not None]
-    if not (befores or others or (found and (chain / PINNED).is_file())):
+    others = [other for other in found if other != name]
+    known = [other for other in others if found[other] is not None]
+    if not (befores or known or (found and (chain / PINNED).is_file())):
         return None
-    ends = [other for other in others or found if other not in befores and other != name]
-    return max(ends or befores or found, default=None)
+    ends = [other for other in known or others if other not in befores]
+    return (ends or known or others or [name])[-1]
 
 
 def refuse_kept(path: Path) -> None:
